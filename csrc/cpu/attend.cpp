@@ -1,0 +1,177 @@
+// attend: a = softmax_m(fc_select . relu(BN(fc_reduce . s))) on (B, C)-sized data, and its backward. The matrix products
+// are the library's.
+
+#ifdef SK_ISA
+
+// Softmax over m of logits (M, C), in place: lanes are channels.
+template <class A, bool kPartial> SK_INLINE void softmax_lanes(A* logits, int64_t M, int64_t C, int64_t n) {
+  Vec<A> largest = load_lanes<kPartial>(logits, n);
+  for (int64_t m = 1; m < M; ++m) {
+    const Vec<A> x = load_lanes<kPartial>(logits + m * C, n);
+    largest = x > largest ? x : largest;
+  }
+  Vec<A> total = {};
+  for (int64_t m = 0; m < M; ++m) {
+    const Vec<A> e = exp<A>(load_lanes<kPartial>(logits + m * C, n) - largest);
+    store_lanes<kPartial>(logits + m * C, e, n);
+    total += e;
+  }
+  for (int64_t m = 0; m < M; ++m) store_lanes<kPartial>(logits + m * C, load_lanes<kPartial>(logits + m * C, n) / total, n);
+}
+
+template <class A> void softmax(A* logits, int64_t B, int64_t M, int64_t C) {
+  for (int64_t b = 0; b < B; ++b) {
+    A* const row = logits + b * M * C;
+    int64_t c = 0;
+    for (; c + kLanes<A> <= C; c += kLanes<A>) softmax_lanes<A, false>(row + c, M, C, 0);
+    if (c < C) softmax_lanes<A, true>(row + c, M, C, C - c);
+  }
+}
+
+// dlogits = a (da - sum_m a da).
+template <class A, bool kPartial>
+SK_INLINE void softmax_backward_lanes(const A* da, const A* a, A* dlogits, int64_t M, int64_t C, int64_t n) {
+  Vec<A> total = {};
+  for (int64_t m = 0; m < M; ++m) total += load_lanes<kPartial>(a + m * C, n) * load_lanes<kPartial>(da + m * C, n);
+  for (int64_t m = 0; m < M; ++m)
+    store_lanes<kPartial>(dlogits + m * C, load_lanes<kPartial>(a + m * C, n) * (load_lanes<kPartial>(da + m * C, n) - total), n);
+}
+
+template <class A> void softmax_backward(const A* da, const A* a, A* dlogits, int64_t B, int64_t M, int64_t C) {
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t at = b * M * C;
+    int64_t c = 0;
+    for (; c + kLanes<A> <= C; c += kLanes<A>) softmax_backward_lanes<A, false>(da + at + c, a + at + c, dlogits + at + c, M, C, 0);
+    if (c < C) softmax_backward_lanes<A, true>(da + at + c, a + at + c, dlogits + at + c, M, C, C - c);
+  }
+}
+
+#else
+
+#include "common.h"
+#include "operators.h"
+
+#include <cmath>
+
+#include <ATen/CPUFunctions.h>
+
+#define SK_KERNELS "attend.cpp"
+#include "foreach_isa.h"
+
+namespace sk {
+
+template <class F> static void dispatch_accumulate(const Tensor& s, const F& f) {
+  if (s.scalar_type() == at::kDouble) f.template operator()<double>();
+  else f.template operator()<float>();
+}
+
+static void check_attend(const Tensor& s, const Tensor& fc_reduce, const Tensor& weight, const Tensor& bias, const Tensor& fc_select) {
+  TORCH_CHECK_TYPE(s.scalar_type() == at::kFloat || s.scalar_type() == at::kDouble, "s: expected float32 or float64, got ", s.scalar_type());
+  TORCH_CHECK_VALUE(s.dim() == 2, "s: expected shape (B, C), got ", s.sizes());
+  TORCH_CHECK_VALUE(fc_reduce.dim() == 2, "fc_reduce: expected shape (D, C), got ", fc_reduce.sizes());
+  TORCH_CHECK_VALUE(fc_select.dim() == 2, "fc_select: expected shape (M * C, D), got ", fc_select.sizes());
+  const int64_t B = s.size(0), C = s.size(1), D = fc_reduce.size(0);
+  const auto dtype = s.scalar_type();
+  TORCH_CHECK_VALUE(C > 0 && fc_select.size(0) > 0 && fc_select.size(0) % C == 0, "fc_select: expected a multiple of C = ", C, " rows, got ",
+                    fc_select.size(0));
+  check_array(s, "s", dtype, {B, C});
+  check_array(fc_reduce, "fc_reduce", dtype, {D, C});
+  check_array(weight, "weight", dtype, {D});
+  check_array(bias, "bias", dtype, {D});
+  check_array(fc_select, "fc_select", dtype, {fc_select.size(0), D});
+}
+
+// The attention's batch-norm and ReLU of column d: n = (x - mean) * scale + bias.
+template <class A> struct Column {
+  A mean, r, weight, bias;
+  A normalized(A x) const { return (x - mean) * r; }
+  A relu(A x) const {
+    const A n = normalized(x) * weight + bias;
+    return n <= 0 ? A(0) : n;
+  }
+  A gate(A x, A g) const { return normalized(x) * weight + bias <= 0 ? A(0) : g; }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attend_cpu(const Tensor& s, const Tensor& fc_reduce, const Tensor& weight, const Tensor& bias,
+                                                      const std::optional<Tensor>& mean, const std::optional<Tensor>& var, double eps,
+                                                      const Tensor& fc_select) {
+  check_attend(s, fc_reduce, weight, bias, fc_select);
+  const int64_t B = s.size(0), C = s.size(1), D = fc_reduce.size(0), M = fc_select.size(0) / C;
+  TORCH_CHECK_VALUE(mean.has_value() == var.has_value(), "mean, var: expected both or neither, got only one");
+  if (mean) {
+    check_array(*mean, "mean", s.scalar_type(), {D});
+    check_array(*var, "var", s.scalar_type(), {D});
+  }
+  const Tensor reduced = at::cpu::mm(s, fc_reduce.t());
+  const Tensor mean_out = mean ? mean->clone() : at::empty({D}, s.options());
+  const Tensor var_out = var ? var->clone() : at::empty({D}, s.options());
+  const Tensor h = at::empty({B, D}, s.options());
+  dispatch_accumulate(s, [&]<class A>() {
+    const A* const x = reduced.const_data_ptr<A>();
+    A *const m = mean_out.data_ptr<A>(), *const v = var_out.data_ptr<A>(), *const out = h.data_ptr<A>();
+    for (int64_t d = 0; d < D; ++d) {
+      if (!mean) {
+        double total = 0, squares = 0;
+        for (int64_t b = 0; b < B; ++b) total += x[b * D + d];
+        const double average = total / B;
+        for (int64_t b = 0; b < B; ++b) squares += (x[b * D + d] - average) * (x[b * D + d] - average);
+        m[d] = static_cast<A>(average);
+        v[d] = static_cast<A>(squares / B);
+      }
+      const Column<A> column{m[d], A(1) / std::sqrt(v[d] + static_cast<A>(eps)), weight.const_data_ptr<A>()[d], bias.const_data_ptr<A>()[d]};
+      for (int64_t b = 0; b < B; ++b) out[b * D + d] = column.relu(x[b * D + d]);
+    }
+  });
+  const Tensor a = at::cpu::mm(h, fc_select.t()).view({B, M, C});
+  dispatch_accumulate(s, [&]<class A>() { SK_PICK(softmax<A>)(a.data_ptr<A>(), B, M, C); });
+  return {a, reduced, mean_out, var_out};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward_cpu(const Tensor& da, const Tensor& a, const Tensor& s,
+                                                                       const Tensor& reduced, const Tensor& fc_reduce,
+                                                                       const Tensor& weight, const Tensor& bias, const Tensor& mean,
+                                                                       const Tensor& var, double eps, bool training,
+                                                                       const Tensor& fc_select) {
+  check_attend(s, fc_reduce, weight, bias, fc_select);
+  const int64_t B = s.size(0), C = s.size(1), D = fc_reduce.size(0), M = fc_select.size(0) / C;
+  check_array(da, "da", s.scalar_type(), {B, M, C});
+  check_array(a, "a", s.scalar_type(), {B, M, C});
+  check_array(reduced, "reduced", s.scalar_type(), {B, D});
+  check_array(mean, "mean", s.scalar_type(), {D});
+  check_array(var, "var", s.scalar_type(), {D});
+  const Tensor dlogits = at::empty({B, M * C}, s.options()), h = at::empty({B, D}, s.options());
+  const Tensor dweight = at::empty({D}, s.options()), dbias = at::empty({D}, s.options());
+  dispatch_accumulate(s, [&]<class A>() {
+    SK_PICK(softmax_backward<A>)(da.const_data_ptr<A>(), a.const_data_ptr<A>(), dlogits.data_ptr<A>(), B, M, C);
+  });
+  // The gradient of h, then, in place, of the reduced descriptor.
+  const Tensor dreduced = at::cpu::mm(dlogits, fc_select);
+  dispatch_accumulate(s, [&]<class A>() {
+    const A* const x = reduced.const_data_ptr<A>();
+    A *const out = h.data_ptr<A>(), *const g = dreduced.data_ptr<A>();
+    for (int64_t d = 0; d < D; ++d) {
+      const Column<A> column{mean.const_data_ptr<A>()[d], A(1) / std::sqrt(var.const_data_ptr<A>()[d] + static_cast<A>(eps)),
+                             weight.const_data_ptr<A>()[d], bias.const_data_ptr<A>()[d]};
+      double total = 0, product = 0;
+      for (int64_t b = 0; b < B; ++b) {
+        const int64_t i = b * D + d;
+        out[i] = column.relu(x[i]);
+        g[i] = column.gate(x[i], g[i]);
+        total += g[i];
+        product += static_cast<double>(g[i]) * column.normalized(x[i]);
+      }
+      dbias.data_ptr<A>()[d] = static_cast<A>(total);
+      dweight.data_ptr<A>()[d] = static_cast<A>(product);
+      const A mean_of_g = training ? static_cast<A>(total / B) : A(0), slope = training ? static_cast<A>(product / B) : A(0);
+      for (int64_t b = 0; b < B; ++b) {
+        const int64_t i = b * D + d;
+        g[i] = column.weight * column.r * (g[i] - mean_of_g - column.normalized(x[i]) * slope);
+      }
+    }
+  });
+  return {at::cpu::mm(dreduced, fc_reduce), at::cpu::mm(dreduced.t(), s), dweight, dbias, at::cpu::mm(dlogits.t(), h)};
+}
+
+}  // namespace sk
+
+#endif

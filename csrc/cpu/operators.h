@@ -1,0 +1,35 @@
+// The operators that the CPU implements; library.cpp has their schemas.
+#pragma once
+
+#include <ATen/ATen.h>
+
+namespace sk {
+
+using at::Tensor;
+using at::TensorList;
+
+std::tuple<Tensor, Tensor> branch_statistics_cpu(TensorList ys);
+
+Tensor squeeze_cpu(TensorList ys, const Tensor& mean, const Tensor& scale, const Tensor& bias, c10::string_view activation,
+                   double negative_slope, const std::optional<Tensor>& g);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attend_cpu(const Tensor& s, const Tensor& fc_reduce, const Tensor& weight, const Tensor& bias,
+                                                      const std::optional<Tensor>& mean, const std::optional<Tensor>& var, double eps,
+                                                      const Tensor& fc_select);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward_cpu(const Tensor& da, const Tensor& a, const Tensor& s,
+                                                                       const Tensor& reduced, const Tensor& fc_reduce,
+                                                                       const Tensor& weight, const Tensor& bias, const Tensor& mean,
+                                                                       const Tensor& var, double eps, bool training,
+                                                                       const Tensor& fc_select);
+
+Tensor select_cpu(TensorList ys, const Tensor& mean, const Tensor& scale, const Tensor& bias, const Tensor& a, c10::string_view activation,
+                  double negative_slope);
+
+std::vector<Tensor> select_backward_cpu(const Tensor& g, TensorList ys, const Tensor& mean, const Tensor& scale, const Tensor& bias,
+                                        const Tensor& a, const Tensor& t, const Tensor& p, const Tensor& q, c10::string_view activation,
+                                        double negative_slope);
+
+std::string instruction_set_name();
+
+}  // namespace sk

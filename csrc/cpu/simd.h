@@ -1,0 +1,161 @@
+// Vectors of one register, built on the compilers' vector extension. No include guard and no includes: foreach_isa.h
+// includes this file once per instruction set, inside a namespace, and every function here is inlined into its kernel.
+
+#define SK_INLINE inline __attribute__((always_inline))
+
+template <class A> struct Simd;
+template <> struct Simd<float> {
+  typedef float type __attribute__((vector_size(SK_VECTOR_BYTES)));
+  typedef int32_t integer __attribute__((vector_size(SK_VECTOR_BYTES)));
+};
+template <> struct Simd<double> {
+  typedef double type __attribute__((vector_size(SK_VECTOR_BYTES)));
+  typedef int64_t integer __attribute__((vector_size(SK_VECTOR_BYTES)));
+};
+
+template <class A> using Vec = typename Simd<A>::type;
+template <class A> constexpr int kLanes = SK_VECTOR_BYTES / sizeof(A);
+
+template <class A> SK_INLINE Vec<A> splat(A value) { return value - Vec<A>{}; }
+
+// kLanes elements of storage type T, widened to the type that they are computed in.
+template <class T> SK_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+typedef uint16_t Bits16 __attribute__((vector_size(SK_VECTOR_BYTES / 2)));
+typedef uint32_t Bits32 __attribute__((vector_size(SK_VECTOR_BYTES)));
+
+SK_INLINE Vec<float> load(const c10::BFloat16* p) {
+  Bits16 bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return (Vec<float>)(__builtin_convertvector(bits, Bits32) << 16);
+}
+
+SK_INLINE Vec<float> load(const c10::Half* p) {
+#if SK_VECTOR_BYTES == 64
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif SK_VECTOR_BYTES == 32
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = static_cast<float>(p[i]);
+  return v;
+#endif
+}
+
+template <class T> SK_INLINE void store(T* p, Vec<T> v) { std::memcpy(p, &v, sizeof v); }
+
+SK_INLINE void store(c10::BFloat16* p, Vec<float> v) {
+  const Bits32 bits = (Bits32)v;
+  // Round to nearest even; a NaN could round to infinity, so it is set apart.
+  const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits32 nan = 0x7fc0u - Bits32{};
+  const Bits16 out = __builtin_convertvector(v == v ? rounded : nan, Bits16);
+  std::memcpy(p, &out, sizeof out);
+}
+
+SK_INLINE void store(c10::Half* p, Vec<float> v) {
+#if SK_VECTOR_BYTES == 64
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif SK_VECTOR_BYTES == 32
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i] = c10::Half(v[i]);
+#endif
+}
+
+// The first n < kLanes elements only; the lanes beyond them are 0.
+#if SK_VECTOR_BYTES == 64
+SK_INLINE Vec<float> load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p); }
+SK_INLINE void store(float* p, Vec<float> v, int64_t n) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v); }
+#endif
+
+template <class T> SK_INLINE Vec<Accumulate<T>> load(const T* p, int64_t n) {
+  T part[kLanes<Accumulate<T>>] = {};
+  std::memcpy(part, p, n * sizeof(T));
+  return load(part);
+}
+
+template <class T> SK_INLINE void store(T* p, Vec<Accumulate<T>> v, int64_t n) {
+  T part[kLanes<Accumulate<T>>];
+  store(part, v);
+  std::memcpy(p, part, n * sizeof(T));
+}
+
+// A whole register, or its first n lanes.
+template <bool kPartial, class T> SK_INLINE Vec<Accumulate<T>> load_lanes(const T* p, int64_t n) {
+  if constexpr (kPartial) return load(p, n);
+  else return load(p);
+}
+
+template <bool kPartial, class T> SK_INLINE void store_lanes(T* p, Vec<Accumulate<T>> v, int64_t n) {
+  if constexpr (kPartial) store(p, v, n);
+  else store(p, v);
+}
+
+// 1 in the first n lanes, 0 beyond.
+template <class A> SK_INLINE Vec<A> mask(int64_t n) {
+  Vec<A> v = {};
+  for (int i = 0; i < kLanes<A>; ++i) v[i] = i < n ? A(1) : A(0);
+  return v;
+}
+
+template <class A> SK_INLINE A sum(Vec<A> v) {
+  A part[kLanes<A>];
+  std::memcpy(part, &v, sizeof v);
+  for (int width = kLanes<A> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) part[i] += part[i + width];
+  return part[0];
+}
+
+// exp by x = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor polynomial of exp(r); about 1 ulp. Saturates instead of
+// overflowing, keeps NaN.
+template <class A> SK_INLINE Vec<A> exp(Vec<A> x) {
+  constexpr bool kFloat = sizeof(A) == 4;
+  constexpr A kLimit = kFloat ? A(87) : A(708);
+  // ln 2 in two parts, so that n * kHigh is exact.
+  constexpr A kHigh = kFloat ? A(0.693359375) : A(6.93145751953125e-1);
+  constexpr A kLow = kFloat ? A(-2.12194440e-4) : A(1.42860682030941723212e-6);
+  // Adding this makes the unit the last mantissa bit, and so rounds.
+  constexpr A kRound = kFloat ? A(12582912) : A(6755399441055744);
+  constexpr int kTerms = kFloat ? 7 : 13;
+  constexpr int kMantissa = kFloat ? 23 : 52, kBias = kFloat ? 127 : 1023;
+  x = x > kLimit ? splat<A>(kLimit) : x;
+  x = x < -kLimit ? splat<A>(-kLimit) : x;
+  const Vec<A> n = (x * A(1.4426950408889634) + kRound) - kRound;
+  const Vec<A> r = (x - n * kHigh) - n * kLow;
+  Vec<A> p = splat<A>(1);
+  for (int k = kTerms; k > 0; --k) p = p * r / A(k) + A(1);
+  using Integer = typename Simd<A>::integer;
+  return p * (Vec<A>)((__builtin_convertvector(n, Integer) + kBias) << kMantissa);
+}
+
+// act(z) is the activation, gate(z, v) is act'(z) * v. A comparison that a NaN fails lets the NaN pass, and ReLU selects
+// instead of multiplying by 0, so that an infinity below zero becomes 0 and not NaN: PyTorch's own semantics.
+template <class A, Activation kAct> struct Act {
+  A slope;
+  SK_INLINE Vec<A> operator()(Vec<A> z) const {
+    if constexpr (kAct == Activation::silu) return z * sigmoid(z);
+    else return gate(z, z);
+  }
+  SK_INLINE Vec<A> gate(Vec<A> z, Vec<A> v) const {
+    if constexpr (kAct == Activation::relu) return z <= 0 ? Vec<A>{} : v;
+    if constexpr (kAct == Activation::leaky_relu) return z <= 0 ? slope * v : v;
+    if constexpr (kAct == Activation::identity) return v;
+    if constexpr (kAct == Activation::silu) {
+      const Vec<A> s = sigmoid(z);
+      return v * (s * (A(1) + z * (A(1) - s)));
+    }
+  }
+  SK_INLINE static Vec<A> sigmoid(Vec<A> z) { return A(1) / (A(1) + exp<A>(-z)); }
+};
+
+// A constant of channel c, from an array over channels: one per lane where lanes are channels, the same in all lanes
+// where they are pixels.
+template <bool kChannelsLast, bool kPartial, class A> SK_INLINE Vec<A> constant(const A* p, int64_t n) {
+  if constexpr (kChannelsLast) return load_lanes<kPartial>(p, n);
+  else return splat<A>(*p);
+}

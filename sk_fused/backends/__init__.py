@@ -1,0 +1,65 @@
+"""A backend is a module with the six functions of `reference` and `why_not(branches)`, the reason why it cannot take
+these branches, or None."""
+
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+
+from torch import Tensor
+
+from . import native, reference
+
+# In the order in which they are tried.
+BACKENDS: dict[str, ModuleType] = {"native": native, "reference": reference}
+
+_forced: str | None = None
+_said: set[str] = set()
+
+
+class use_backend:
+    """Forces the backend `name`, one of `BACKENDS`; None goes back to the automatic choice.
+
+    Holds from the call on, or, as a context manager, inside the `with`. A forced backend that cannot take a call raises
+    a RuntimeError that says why.
+
+    Raises:
+        ValueError: there is no backend of this name.
+    """
+
+    def __init__(self, name: str | None):
+        global _forced
+        if name is not None and name not in BACKENDS:
+            raise ValueError(f"name: expected None or one of {', '.join(BACKENDS)}, got {name!r}")
+        self._before, _forced = _forced, name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_) -> None:
+        global _forced
+        _forced = self._before
+
+
+def choose(branches: Sequence[Tensor]) -> ModuleType:
+    """The forced backend, or the first that can take the branches."""
+    if _forced is not None:
+        reason = BACKENDS[_forced].why_not(branches)
+        if reason:
+            raise RuntimeError(f"the backend {_forced!r} was forced, but {reason}")
+        return BACKENDS[_forced]
+    reasons = []
+    for backend in BACKENDS.values():
+        reason = backend.why_not(branches)
+        if reason is None:
+            break
+        reasons.append(reason)
+    if backend is reference:
+        warn_once(f"sk_fused runs its plain PyTorch reference, because {'; '.join(reasons)}")
+    return backend
+
+
+def warn_once(sentence: str) -> None:
+    """A RuntimeWarning, the first time that this sentence comes up in the process."""
+    if sentence not in _said:
+        _said.add(sentence)
+        warnings.warn(sentence, RuntimeWarning, stacklevel=3)

@@ -1,0 +1,118 @@
+"""The six functions of a backend in plain PyTorch: their specification, and what runs where no kernel can.
+
+Shapes, in every backend: `ys` are the M branches (B, C, H, W), dense and in one layout; `mean`, `scale`, `bias`, `p`,
+`q` are (M, C); `a` is (B, M, C); `s` and `t` are (B, C); `fc_reduce` is (D, C), `fc_select` (M·C, D). All but the
+branches, `g` and `v` are float32, or float64 for float64 branches. With z_m = (y_m − mean_m)·scale_m + bias_m:
+
+    squeeze          Σ_hw g·act(z),  Σ_hw g·act'(z),  Σ_hw g·act'(z)·(y − mean)        g = 1 if it is not given
+    attend           a = softmax_m(fc_select · relu(BN(fc_reduce · s)))
+    select           v = Σ_m a_m·act(z_m)
+    select_backward  dy_m = scale_m·act'(z_m)·(a_m·g + t) − p_m − (y_m − mean_m)·q_m
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def why_not(branches: Sequence[Tensor]) -> str | None:
+    return None
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a branch's sums and small arrays are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """act(z)."""
+    if activation == "relu":
+        return F.relu(z)
+    if activation == "leaky_relu":
+        return F.leaky_relu(z, negative_slope)
+    return F.silu(z) if activation == "silu" else z
+
+
+def gate(z: Tensor, value: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """act'(z)·value."""
+    if activation == "relu":
+        return torch.where(z <= 0, 0.0, value)
+    if activation == "leaky_relu":
+        return torch.where(z <= 0, negative_slope * value, value)
+    if activation == "silu":
+        sigmoid = torch.sigmoid(z)
+        return sigmoid * (1 + z * (1 - sigmoid)) * value
+    return value
+
+
+def _per_channel(array: Tensor) -> Tensor:
+    """(C,) or (B, C) → broadcastable to (B, C, H, W)."""
+    return array[..., None, None]
+
+
+def _normalized(ys: Sequence[Tensor], mean: Tensor, scale: Tensor, bias: Tensor):
+    """Of every branch: y − mean and z."""
+    for y, *arrays in zip(ys, mean, scale, bias, strict=True):
+        branch_mean, branch_scale, branch_bias = map(_per_channel, arrays)
+        d = y.to(mean.dtype) - branch_mean
+        yield d, d * branch_scale + branch_bias
+
+
+def branch_statistics(ys: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every branch's channels over (B, H, W)."""
+    dtype = accumulate_dtype(ys[0].dtype)
+    var, mean = zip(*(torch.var_mean(y.to(dtype), (0, 2, 3), correction=0) for y in ys))
+    return torch.stack(mean), torch.stack(var)
+
+
+def squeeze(ys, mean, scale, bias, activation: str, negative_slope: float, g: Tensor | None = None) -> Tensor:
+    """The three sums, (3, B, M, C)."""
+    weight = mean.new_ones(ys[0].shape) if g is None else g.to(mean.dtype)
+    sums = []
+    for d, z in _normalized(ys, mean, scale, bias):
+        u, k = activate(z, activation, negative_slope), gate(z, weight, activation, negative_slope)
+        sums.append(torch.stack([(weight * u).sum((2, 3)), k.sum((2, 3)), (k * d).sum((2, 3))]))
+    return torch.stack(sums, 2)
+
+
+def attend(s, fc_reduce, weight, bias, mean, var, eps: float, fc_select) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """a, the reduced descriptor (B, D) before its batch-norm, and the mean and variance (D,) used: the batch's if none are given."""
+    reduced = s @ fc_reduce.t()
+    if mean is None:
+        var, mean = torch.var_mean(reduced, 0, correction=0)
+    else:
+        mean, var = mean.clone(), var.clone()
+    h = F.relu((reduced - mean) * torch.rsqrt(var + eps) * weight + bias)
+    a = torch.softmax((h @ fc_select.t()).unflatten(1, (-1, s.shape[1])), 1)
+    return a, reduced, mean, var
+
+
+def attend_backward(da, a, s, reduced, fc_reduce, weight, bias, mean, var, eps: float, training: bool, fc_select):
+    """The gradients of s, fc_reduce, weight, bias and fc_select."""
+    dlogits = (a * (da - (a * da).sum(1, keepdim=True))).flatten(1)
+    r = torch.rsqrt(var + eps)
+    x = (reduced - mean) * r
+    n = x * weight + bias
+    dn = torch.where(n <= 0, 0.0, dlogits @ fc_select)
+    dbias, dweight = dn.sum(0), (dn * x).sum(0)
+    centred = dn - dbias / len(s) - x * (dweight / len(s)) if training else dn
+    dreduced = weight * r * centred
+    return dreduced @ fc_reduce, dreduced.t() @ s, dweight, dbias, dlogits.t() @ F.relu(n)
+
+
+def select(ys, mean, scale, bias, a, activation: str, negative_slope: float) -> Tensor:
+    """v, in the dtype and layout of the branches."""
+    normalized = _normalized(ys, mean, scale, bias)
+    v = sum(_per_channel(a[:, m]) * activate(z, activation, negative_slope) for m, (_, z) in enumerate(normalized))
+    return v.to(ys[0].dtype)
+
+
+def select_backward(g, ys, mean, scale, bias, a, t, p, q, activation: str, negative_slope: float) -> list[Tensor]:
+    """dy of every branch, in its dtype and layout."""
+    g, dys = g.to(mean.dtype), []
+    for m, (d, z) in enumerate(_normalized(ys, mean, scale, bias)):
+        dz = gate(z, _per_channel(a[:, m]) * g + _per_channel(t), activation, negative_slope)
+        dys.append((_per_channel(scale[m]) * dz - _per_channel(p[m]) - d * _per_channel(q[m])).to(ys[m].dtype))
+    return dys

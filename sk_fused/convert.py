@@ -1,0 +1,77 @@
+"""fuse() and unfuse(): timm's units into ours and back, in place."""
+
+import sys
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+from .modules import FusedSelectiveKernel, FusedSelectiveKernelAttn
+
+
+class Unit(NamedTuple):
+    """One SK unit of a model: its name in `named_modules` ("" is the model itself), whether it is fused now, and what of
+    it is not fused, and why."""
+
+    name: str
+    fused: bool
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `fuse` or `unfuse` found; `str()` is a table."""
+
+    units: tuple[Unit, ...]
+
+    def __str__(self) -> str:
+        if not self.units:
+            return "no SelectiveKernel found"
+        width = max(len(unit.name) for unit in self.units)
+        rows = (f"{unit.name:{width}}  {'fused' if unit.fused else 'not fused'}  {unit.reason or ''}".rstrip() for unit in self.units)
+        return "\n".join(rows)
+
+
+def fuse(model: nn.Module) -> Report:
+    """Makes every timm SelectiveKernel and SelectiveKernelAttn in `model`, and `model` itself if it is one, the fused one.
+
+    In place: a unit changes its class and nothing else, so parameters, buffers, hooks, state_dict and an optimizer made
+    before go on as they were. A unit whose attention is not timm's own, or a subclass, is left alone.
+    """
+    return _convert(model, _timm_to_fused())
+
+
+def unfuse(model: nn.Module) -> Report:
+    """The way back: every fused unit in `model` becomes timm's again. Needs timm.
+
+    Raises:
+        ImportError: there is something to unfuse, and timm is not installed.
+    """
+    if any(type(module) in (FusedSelectiveKernel, FusedSelectiveKernelAttn) for module in model.modules()):
+        import timm.layers.selective_kernel  # noqa: F401
+    return _convert(model, {fused: timm for timm, fused in _timm_to_fused().items()})
+
+
+def _timm_to_fused() -> dict[type[nn.Module], type[nn.Module]]:
+    # A model that holds a timm unit has imported timm.
+    timm = sys.modules.get("timm.layers.selective_kernel")
+    return {timm.SelectiveKernel: FusedSelectiveKernel, timm.SelectiveKernelAttn: FusedSelectiveKernelAttn} if timm else {}
+
+
+def _convert(model: nn.Module, new_class: dict[type[nn.Module], type[nn.Module]]) -> Report:
+    known = (*new_class.keys(), *new_class.values())
+    inside = {id(module.attn) for module in model.modules() if hasattr(module, "attn") and hasattr(module, "paths") and isinstance(module, known)}
+    units = []
+    for name, module in model.named_modules():
+        if not isinstance(module, known):
+            continue
+        reason = None
+        if type(module) not in known:
+            reason = f"{type(module).__name__} is a subclass of {type(module).__mro__[1].__name__}"
+        elif type(module) in new_class:
+            module.__class__ = new_class[type(module)]
+        if id(module) in inside:
+            continue
+        units.append((name, module, reason))
+    fused = FusedSelectiveKernel, FusedSelectiveKernelAttn
+    return Report(tuple(Unit(n, type(m) in fused, r or (m.why_not() if type(m) in fused else None)) for n, m, r in units))

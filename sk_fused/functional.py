@@ -1,0 +1,258 @@
+"""The differentiable Selective Kernel unit: from the branches' convolutions to the output, forward and backward.
+
+Of branch-sized data the forward reads every branch once for each of: its batch statistics (in training), the squeeze,
+the select. The backward reads them twice: one reducing pass, one writing pass. The branches y_m are all it keeps.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends.reference import accumulate_dtype
+
+ACTIVATIONS = ("relu", "leaky_relu", "identity", "silu")
+
+
+class BatchNorm(NamedTuple):
+    """One batch-norm: what `torch.nn.functional.batch_norm` takes, with its meaning.
+
+    Vectors are (C,), C the channels of a branch (or D, those of the attention). `weight` and `bias` may be None (1 and
+    0). With `training` the batch's statistics are used, and the running ones, if there are any, move towards them by
+    `momentum`; without it the running ones are used.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    training: bool
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+    def check(self, shape: torch.Size) -> None:
+        """Raises F.batch_norm's ValueError if a batch of this shape has no variance."""
+        if self.training and shape.numel() == shape[1]:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+
+    def affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias in the dtype and device of `like`, whose last dimension is the channels."""
+        weight = like.new_ones(like.shape[-1]) if self.weight is None else self.weight.to(like.dtype)
+        bias = like.new_zeros(like.shape[-1]) if self.bias is None else self.bias.to(like.dtype)
+        return weight, bias
+
+    def update(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Moves the running statistics towards those of a batch of `count` values (biased `var`)."""
+        if self.training and self.running_mean is not None:
+            for running, batch in ((self.running_mean, mean), (self.running_var, var * (count / (count - 1)))):
+                running.copy_(torch.lerp(running.to(batch.dtype), batch, self.momentum))
+
+
+def why_not_together(norms: Sequence[BatchNorm]) -> str | None:
+    """The reason why these batch-norms of the branches cannot go through one pass, or None."""
+    for field in ("training", "eps"):
+        values = [getattr(norm, field) for norm in norms]
+        if any(value != values[0] for value in values):
+            return f"the branches' batch-norms differ in {field}: {values}"
+    return None
+
+
+def selective_kernel(
+    branches: Sequence[Tensor],
+    norms: Sequence[BatchNorm],
+    fc_reduce: Tensor,
+    attn_norm: BatchNorm,
+    fc_select: Tensor,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """The SK unit (Li et al., Selective Kernel Networks, section 3.1: fuse and select) over the branches' convolutions.
+
+        u_m = act(BN_m(y_m))                                    split
+        s   = (1/HW) Σ_m Σ_hw u_m                               squeeze, (B, C)
+        a   = softmax_m(fc_select · relu(BN(fc_reduce · s)))    attend, (B, M, C)
+        v   = Σ_m a_m·u_m                                       select, (B, C, H, W)
+
+    Args:
+        branches: the M ≥ 1 branches y_m, (B, C, H, W), float32, float64, bfloat16 or float16. Contiguous and
+            channels_last are used as they are; the others are brought to the layout of the first.
+        norms: the M branches' batch-norms, all with the same `training` and `eps`.
+        fc_reduce: (D, C) or (D, C, 1, 1).
+        attn_norm: the batch-norm over the D reduced channels.
+        fc_select: (M·C, D) or (M·C, D, 1, 1).
+        activation: act: "relu", "leaky_relu" (with `negative_slope`), "identity" or "silu".
+
+    Returns:
+        v, in the dtype and layout of the branches. The running statistics are updated once all has succeeded.
+
+    Raises:
+        ValueError: an argument has a wrong shape, device or value; or, in training, one value per channel only, as
+            PyTorch's batch-norm has it.
+        TypeError: the branches are not of one floating-point dtype.
+    """
+    _check(branches, norms, fc_reduce, fc_select, activation)
+    first = branches[0]
+    B, C, H, W = first.shape
+    norms[0].check(first.shape)
+    attn_norm.check(torch.Size((B, fc_reduce.shape[0], 1, 1)))
+    backend = backends.choose(branches)
+    like = first.new_empty((0, C), dtype=accumulate_dtype(first.dtype))
+    weight, bias = (torch.stack(arrays) for arrays in zip(*(norm.affine(like) for norm in norms)))
+    attn = _attention(like, fc_reduce, attn_norm, fc_select)
+    statistics = None, None
+    if not norms[0].training:
+        statistics = (torch.stack([getattr(norm, name).to(like.dtype) for norm in norms]) for name in ("running_mean", "running_var"))
+    v, mean, var, attn_mean, attn_var = _SelectiveKernel.apply(
+        backend, (activation, float(negative_slope)), norms[0].eps, *statistics, weight, bias, *attn, *branches
+    )
+    with torch.no_grad():
+        for norm, branch_mean, branch_var in zip(norms, mean, var):
+            norm.update(branch_mean, branch_var, B * H * W)
+        attn_norm.update(attn_mean, attn_var, B)
+    return v
+
+
+def attend(s: Tensor, fc_reduce: Tensor, attn_norm: BatchNorm, fc_select: Tensor) -> Tensor:
+    """The attention alone: a = softmax_m(fc_select · relu(BN(fc_reduce · s))).
+
+    Args:
+        s: the pooled descriptor, (B, C).
+        fc_reduce, attn_norm, fc_select: as for `selective_kernel`.
+
+    Returns:
+        a, (B, M, C), in the dtype of `s`.
+
+    Raises:
+        ValueError: a wrong shape; or, in training, one value per channel only.
+        TypeError: `s` is not floating-point.
+    """
+    if s.dim() != 2:
+        raise ValueError(f"s: expected shape (B, C), got {tuple(s.shape)}")
+    _check_attention(s, s.shape[1], fc_reduce, fc_select)
+    attn_norm.check(torch.Size((s.shape[0], fc_reduce.shape[0], 1, 1)))
+    like = s.to(accumulate_dtype(s.dtype)).contiguous()
+    a, mean, var = _Attend.apply(backends.choose([s]), like, *_attention(like, fc_reduce, attn_norm, fc_select))
+    with torch.no_grad():
+        attn_norm.update(mean, var, s.shape[0])
+    return a.to(s.dtype)
+
+
+def _attention(like: Tensor, fc_reduce: Tensor, norm: BatchNorm, fc_select: Tensor) -> tuple:
+    """What a backend's `attend` takes beside s, in the dtype that it computes in."""
+    reduce, select = (weight.flatten(1).to(like.dtype).contiguous() for weight in (fc_reduce, fc_select))
+    mean, var = (None, None) if norm.training else (norm.running_mean.to(like.dtype), norm.running_var.to(like.dtype))
+    return reduce, *norm.affine(like.new_empty((0, reduce.shape[0]))), mean, var, norm.eps, select
+
+
+class _SelectiveKernel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, act, eps, mean, var, weight, bias, reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, select, *ys):
+        ctx.backend, ctx.act, ctx.attn_eps, ctx.M = backend, act, attn_eps, len(ys)
+        ctx.training, ctx.attn_training = mean is None, attn_mean is None
+        ctx.layout = torch.contiguous_format if ys[0].is_contiguous() or not _is_channels_last(ys[0]) else torch.channels_last
+        ys = [y.contiguous(memory_format=ctx.layout) for y in ys]
+        if ctx.training:
+            mean, var = backend.branch_statistics(ys)
+        r = torch.rsqrt(var + eps)
+        scale = weight * r
+        sums = backend.squeeze(ys, mean, scale, bias, *act)
+        s = sums[0].sum(1) / (ys[0].shape[2] * ys[0].shape[3])
+        a, reduced, attn_mean, attn_var = backend.attend(s, reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, select)
+        v = backend.select(ys, mean, scale, bias, a, *act)
+        attn = reduce, attn_weight, attn_bias, attn_mean, attn_var, select
+        ctx.save_for_backward(mean, r, scale, bias, sums[1:].clone(), s, a, reduced, *attn, *ys)
+        ctx.mark_non_differentiable(mean, var, attn_mean, attn_var)
+        ctx.set_materialize_grads(False)
+        return v, mean, var, attn_mean, attn_var
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g, *_):
+        if g is None:
+            return (None,) * (14 + ctx.M)
+        mean, r, scale, bias, K, s, a, reduced, *attn = ctx.saved_tensors[: -ctx.M]
+        reduce, attn_weight, attn_bias, attn_mean, attn_var, select = attn
+        ys = list(ctx.saved_tensors[-ctx.M :])
+        backend, pixels = ctx.backend, ys[0].shape[2] * ys[0].shape[3]
+        g = g.contiguous(memory_format=ctx.layout)
+
+        # The reducing pass: Σ g·u is the gradient of a.
+        R = backend.squeeze(ys, mean, scale, bias, *ctx.act, g)
+        ds, dreduce, dattn_weight, dattn_bias, dselect = backend.attend_backward(
+            R[0], a, s, reduced, reduce, attn_weight, attn_bias, attn_mean, attn_var, ctx.attn_eps, ctx.attn_training, select
+        )
+        t = ds / pixels
+        # Σ dz and Σ dz·(y − mean) over the batch and the pixels, from dz = act'(z)·(a·g + t).
+        dbias, dscale = (a * R[1:] + t[:, None] * K).sum(1)
+
+        # The writing pass.
+        dys = [None] * ctx.M
+        if any(ctx.needs_input_grad[-ctx.M :]):
+            p = q = torch.zeros_like(scale)
+            if ctx.training:
+                count = ys[0].shape[0] * pixels
+                p, q = scale * dbias / count, scale * r * r * dscale / count
+            dys = backend.select_backward(g, ys, mean, scale, bias, a, t, p, q, *ctx.act)
+        return None, None, None, None, None, r * dscale, dbias, dreduce, dattn_weight, dattn_bias, None, None, None, dselect, *dys
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, s, reduce, weight, bias, mean, var, eps, select):
+        ctx.backend, ctx.eps, ctx.training = backend, eps, mean is None
+        a, reduced, mean, var = backend.attend(s, reduce, weight, bias, mean, var, eps, select)
+        ctx.save_for_backward(a, s, reduced, reduce, weight, bias, mean, var, select)
+        ctx.mark_non_differentiable(mean, var)
+        return a, mean, var
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, da, *_):
+        *saved, select = ctx.saved_tensors
+        ds, dreduce, dweight, dbias, dselect = ctx.backend.attend_backward(da.contiguous(), *saved, ctx.eps, ctx.training, select)
+        return None, ds, dreduce, dweight, dbias, None, None, None, dselect
+
+
+def _is_channels_last(y: Tensor) -> bool:
+    return y.is_contiguous(memory_format=torch.channels_last)
+
+
+def _check(branches: Sequence[Tensor], norms: Sequence[BatchNorm], fc_reduce: Tensor, fc_select: Tensor, activation: str) -> None:
+    if not branches:
+        raise ValueError("branches: expected at least one, got none")
+    first = branches[0]
+    if first.dim() != 4:
+        raise ValueError(f"branches: expected shape (B, C, H, W), got {tuple(first.shape)}")
+    for y in branches[1:]:
+        if y.shape != first.shape or y.device != first.device:
+            raise ValueError(
+                f"branches: expected one shape and device, got {tuple(first.shape)} on {first.device} and {tuple(y.shape)} on {y.device}"
+            )
+        if y.dtype != first.dtype:
+            raise TypeError(f"branches: expected one dtype, got {first.dtype} and {y.dtype}")
+    if first.numel() == 0:
+        raise ValueError(f"branches: expected at least one value, got shape {tuple(first.shape)}")
+    if len(norms) != len(branches):
+        raise ValueError(f"norms: expected one for each of the {len(branches)} branches, got {len(norms)}")
+    reason = why_not_together(norms)
+    if reason:
+        raise ValueError(f"norms: {reason}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    _check_attention(first, first.shape[1], fc_reduce, fc_select, len(branches))
+
+
+def _check_attention(like: Tensor, C: int, fc_reduce: Tensor, fc_select: Tensor, M: int | None = None) -> None:
+    if not like.is_floating_point():
+        raise TypeError(f"expected a floating-point tensor, got {like.dtype}")
+    D = fc_reduce.shape[0]
+    if fc_reduce.shape not in ((D, C), (D, C, 1, 1)):
+        raise ValueError(f"fc_reduce: expected shape (D, {C}) or (D, {C}, 1, 1), got {tuple(fc_reduce.shape)}")
+    rows = fc_select.shape[0] if M is None else M * C
+    if rows % C or fc_select.shape not in ((rows, D), (rows, D, 1, 1)):
+        raise ValueError(f"fc_select: expected shape ({M or 'M'} * {C}, {D}) or the same with 1, 1, got {tuple(fc_select.shape)}")
+    for name, tensor in (("fc_reduce", fc_reduce), ("fc_select", fc_select)):
+        if tensor.device != like.device:
+            raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {tensor.device}")

@@ -1,0 +1,321 @@
+"""Drop-ins for timm's SelectiveKernel and SelectiveKernelAttn: the same arguments, parameters, checkpoints and numbers."""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .backends import warn_once
+
+
+class FusedSelectiveKernel(nn.Module):
+    """The Selective Kernel unit (Li et al., Selective Kernel Networks, section 3.1), as timm has it, with the work after
+    the branches' convolutions fused.
+
+    (B, in_channels, H, W) → (B, out_channels, H', W'), in the layout of the convolutions' output (channels_last stays
+    channels_last), and in the autocast dtype under autocast. The same seed gives the same initial weights as timm's
+    class, and the state_dict is the same. What cannot be fused (see `why_not`) runs as timm runs it, and a
+    RuntimeWarning says so once.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of every branch and of the output; None: `in_channels`.
+        kernel_size: one odd number ≥ 3 for two such branches, or a list with one for each branch; None: [3, 5].
+        stride: stride of the branches.
+        dilation: dilation of the unit, to which each branch's own is applied.
+        groups: groups of the branches' convolutions, at most `out_channels`.
+        rd_ratio: D = out_channels · rd_ratio, the attention's reduced channels, rounded to `rd_divisor`.
+        rd_channels: D itself, if given.
+        rd_divisor: what D is a multiple of.
+        keep_3x3: a k × k branch is 3 × 3 with dilation (k − 1)/2.
+        split_input: every branch sees its share of the input's channels instead of all.
+        act_layer, norm_layer: classes of the branches' activation and norm. BatchNorm2d with ReLU, LeakyReLU, SiLU or
+            None is fused. A norm other than (a partial of) BatchNorm2d, or either given by name, needs timm installed.
+        aa_layer: anti-aliasing after the branches if stride > 1; needs timm installed; not fused.
+        drop_layer: class of the drop layer between norm and activation; not fused.
+
+    Raises:
+        ValueError: a kernel size is even or below 3; in_channels cannot be split; in `forward`, x has the wrong rank,
+            channels or device, or, in training, one value per channel only.
+        TypeError: in `forward`, x has not the floating-point dtype of the weights (outside autocast).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int | None = None,
+        kernel_size: int | list[int] | None = None,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        rd_ratio: float = 1.0 / 16,
+        rd_channels: int | None = None,
+        rd_divisor: int = 8,
+        keep_3x3: bool = True,
+        split_input: bool = True,
+        act_layer: type[nn.Module] | None = nn.ReLU,
+        norm_layer: type[nn.Module] = nn.BatchNorm2d,
+        aa_layer: type[nn.Module] | None = None,
+        drop_layer: type[nn.Module] | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        out_channels = out_channels or in_channels
+        sizes = kernel_size or [3, 5]
+        sizes = list(sizes) if isinstance(sizes, (list, tuple)) else [sizes] * 2
+        if any(size < 3 or size % 2 == 0 for size in sizes):
+            raise ValueError(f"kernel_size: expected odd numbers of at least 3, got {kernel_size}")
+        self.num_paths = len(sizes)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.split_input = split_input
+        if split_input and in_channels % self.num_paths:
+            raise ValueError(f"in_channels: expected a multiple of the {self.num_paths} branches that split it, got {in_channels}")
+        branch = dict(
+            in_channels=in_channels // self.num_paths if split_input else in_channels,
+            out_channels=out_channels,
+            stride=stride,
+            groups=min(out_channels, groups),
+            act_layer=act_layer,
+            norm_layer=norm_layer,
+            aa_layer=aa_layer,
+            drop_layer=drop_layer,
+            device=device,
+            dtype=dtype,
+        )
+        ConvNormAct = _conv_norm_act(act_layer, norm_layer, aa_layer if stride > 1 else None)
+        self.paths = nn.ModuleList(
+            ConvNormAct(kernel_size=3, dilation=dilation * (size - 1) // 2, **branch)
+            if keep_3x3
+            else ConvNormAct(kernel_size=size, dilation=dilation, **branch)
+            for size in sizes
+        )
+        attn_channels = rd_channels or _make_divisible(out_channels * rd_ratio, rd_divisor)
+        self.attn = FusedSelectiveKernelAttn(out_channels, self.num_paths, attn_channels, device=device, dtype=dtype)
+
+    def why_not(self) -> str | None:
+        """The reason why this unit, as it stands, is not fused wholly, or None."""
+        return self._why_not_attn() or self._why_not_branches()
+
+    def _why_not_attn(self) -> str | None:
+        if type(self.attn) is not FusedSelectiveKernelAttn:
+            return f"attn is a {type(self.attn).__name__}"
+        return f"attn has hooks" if _hooked(self.attn) else self.attn.why_not()
+
+    def _why_not_branches(self) -> str | None:
+        activations = []
+        for i, path in enumerate(self.paths):
+            if type(path).__name__ != "ConvNormAct" or not hasattr(path, "bn"):
+                return f"paths.{i} is a {type(path).__name__}"
+            if getattr(path, "aa", None) is not None:
+                return f"paths.{i} has the anti-aliasing layer {type(path.aa).__name__}"
+            if type(path.bn).__name__ != "BatchNormAct2d":
+                return f"paths.{i} has the norm layer {type(path.bn).__name__}"
+            if type(path.bn.drop) is not nn.Identity:
+                return f"paths.{i} has the drop layer {type(path.bn.drop).__name__}"
+            if type(path.bn.act) not in _ACTIVATIONS:
+                return f"paths.{i} has the activation {type(path.bn.act).__name__}"
+            if any(map(_hooked, (path, path.bn, path.bn.drop, path.bn.act))):
+                return f"paths.{i} has hooks"
+            activations.append(_activation(path.bn.act))
+        if any(act != activations[0] for act in activations):
+            return f"the branches differ in their activation: {activations}"
+        return functional.why_not_together([_batch_norm(path.bn) for path in self.paths])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check(x)
+        xs = x.tensor_split(self.num_paths, 1) if self.split_input else [x] * self.num_paths
+        # An empty batch has no statistics; PyTorch's own semantics for it are timm's.
+        reason = self._why_not_attn()
+        if reason or x.shape[0] == 0:
+            if reason:
+                warn_once(f"sk_fused runs a SelectiveKernel unfused: {reason}")
+            u = torch.stack([path(x_m) for path, x_m in zip(self.paths, xs)], 1)
+            return (u * self.attn(u)).sum(1)
+        attn, attn_norm = self.attn, _batch_norm(self.attn.bn)
+        reason = self._why_not_branches()
+        if reason:
+            warn_once(f"sk_fused fuses only the attention of a SelectiveKernel: {reason}")
+            us = [path(x_m) for path, x_m in zip(self.paths, xs)]
+            v = functional.selective_kernel(us, _identity(us), attn.fc_reduce.weight, attn_norm, attn.fc_select.weight, "identity")
+            _count_batch(attn.bn)
+            return v
+        ys = [path.conv(x_m) for path, x_m in zip(self.paths, xs)]
+        norms = [_batch_norm(path.bn) for path in self.paths]
+        activation = _activation(self.paths[0].bn.act)
+        v = functional.selective_kernel(ys, norms, attn.fc_reduce.weight, attn_norm, attn.fc_select.weight, *activation)
+        _count_batch(attn.bn, *(path.bn for path in self.paths))
+        return v
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x: expected shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
+        weight = next(self.paths[0].parameters(), None)
+        if weight is None:
+            return
+        if x.device != weight.device:
+            raise ValueError(f"x: expected a tensor on {weight.device}, the device of the weights, got one on {x.device}")
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x: expected {weight.dtype}, the dtype of the weights, got {x.dtype}")
+
+
+class FusedSelectiveKernelAttn(nn.Module):
+    """The attention of the unit alone, as timm has it: (B, M, C, H, W), the stacked branches, → (B, M, C, 1, 1), weights
+    that add up to 1 over the M branches.
+
+    Args:
+        channels: C.
+        num_paths: M.
+        attn_channels: D, the channels between the two 1 × 1 convolutions.
+        act_layer, norm_layer: classes; ReLU and BatchNorm2d are fused.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_paths: int = 2,
+        attn_channels: int = 32,
+        act_layer: type[nn.Module] = nn.ReLU,
+        norm_layer: type[nn.Module] = nn.BatchNorm2d,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.num_paths = num_paths
+        self.fc_reduce = nn.Conv2d(channels, attn_channels, kernel_size=1, bias=False, device=device, dtype=dtype)
+        self.bn = norm_layer(attn_channels, device=device, dtype=dtype)
+        self.act = act_layer(inplace=True)
+        self.fc_select = nn.Conv2d(attn_channels, channels * num_paths, kernel_size=1, bias=False, device=device, dtype=dtype)
+
+    def why_not(self) -> str | None:
+        """The reason why this attention, as it stands, is not fused, or None."""
+        if type(self.bn) is not nn.BatchNorm2d:
+            return f"attn.bn is a {type(self.bn).__name__}"
+        if type(self.act) is not nn.ReLU:
+            return f"attn.act is a {type(self.act).__name__}"
+        for name in ("fc_reduce", "fc_select"):
+            conv = getattr(self, name)
+            if type(conv) is not nn.Conv2d or conv.kernel_size != (1, 1) or conv.bias is not None or conv.groups != 1:
+                return f"attn.{name} is not a 1 × 1 convolution without bias and groups: {conv}"
+        if any(map(_hooked, (self.fc_reduce, self.bn, self.act, self.fc_select))):
+            return "the layers of attn have hooks"
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 5 or x.shape[1] != self.num_paths:
+            raise ValueError(f"x: expected shape (B, {self.num_paths}, C, H, W), got {tuple(x.shape)}")
+        s = x.sum(1).mean((2, 3))
+        reason = self.why_not()
+        if reason or x.shape[0] == 0:
+            if reason:
+                warn_once(f"sk_fused runs a SelectiveKernelAttn unfused: {reason}")
+            logits = self.fc_select(self.act(self.bn(self.fc_reduce(s[..., None, None]))))
+            return logits.view(x.shape[0], self.num_paths, -1, 1, 1).softmax(1)
+        a = functional.attend(s, self.fc_reduce.weight, _batch_norm(self.bn), self.fc_select.weight)
+        _count_batch(self.bn)
+        return a[..., None, None]
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """Batch-norm, drop layer, activation: the structure of timm's class of this name, for units made without timm."""
+
+    def __init__(self, num_features: int, act_layer: type[nn.Module] | None, drop_layer: type[nn.Module] | None, **kwargs):
+        super().__init__(num_features, **kwargs)
+        self.drop = nn.Identity() if drop_layer is None else drop_layer()
+        try:
+            self.act = nn.Identity() if act_layer is None else act_layer(inplace=True)
+        except TypeError:
+            self.act = act_layer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+class ConvNormAct(nn.Module):
+    """One branch: the structure of timm's class of this name, for units made without timm."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int,
+        dilation: int,
+        groups: int,
+        act_layer: type[nn.Module] | None,
+        norm_layer: type[nn.Module],
+        aa_layer: None,
+        drop_layer: type[nn.Module] | None,
+        device,
+        dtype,
+    ):
+        super().__init__()
+        padding = (stride - 1 + dilation * (kernel_size - 1)) // 2
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False, device=device, dtype=dtype
+        )
+        options = norm_layer.keywords if isinstance(norm_layer, functools.partial) else {}
+        self.bn = BatchNormAct2d(out_channels, **{"act_layer": act_layer, "drop_layer": drop_layer, "device": device, "dtype": dtype, **options})
+        self.aa = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
+def _conv_norm_act(act_layer, norm_layer, aa_layer) -> type[nn.Module]:
+    """The class of the branches: ours for what it can build, timm's for the rest of timm's arguments."""
+    norm = norm_layer.func if isinstance(norm_layer, functools.partial) else norm_layer
+    if norm is nn.BatchNorm2d and aa_layer is None and not isinstance(act_layer, str):
+        return ConvNormAct
+    try:
+        from timm.layers import ConvNormAct as timm_conv_norm_act
+    except ImportError as error:
+        raise ImportError(f"act_layer={act_layer}, norm_layer={norm_layer}, aa_layer={aa_layer} needs timm: {error}") from error
+    return timm_conv_norm_act
+
+
+_ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu", nn.Identity: "identity"}
+
+
+def _activation(act: nn.Module) -> tuple[str, float]:
+    """Its name in `functional` and its negative slope."""
+    return _ACTIVATIONS[type(act)], getattr(act, "negative_slope", 0.0)
+
+
+def _batch_norm(bn: nn.BatchNorm2d) -> functional.BatchNorm:
+    """What the next forward of `bn` does, by the rules of nn.BatchNorm2d."""
+    training = bn.training or bn.running_mean is None
+    tracked = not bn.training or bn.track_running_stats
+    momentum = bn.momentum
+    if momentum is None:
+        momentum = 1.0 / float(bn.num_batches_tracked + 1) if bn.training and bn.track_running_stats else 0.0
+    mean, var = (bn.running_mean, bn.running_var) if tracked else (None, None)
+    return functional.BatchNorm(bn.weight, bn.bias, mean, var, training, momentum, bn.eps)
+
+
+def _count_batch(*norms: nn.BatchNorm2d) -> None:
+    for bn in norms:
+        if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
+
+
+def _identity(us: Sequence[Tensor]) -> list[functional.BatchNorm]:
+    """Batch-norms that change nothing."""
+    zeros, ones = us[0].new_zeros(us[0].shape[1]), us[0].new_ones(us[0].shape[1])
+    return [functional.BatchNorm(None, None, zeros, ones, training=False, eps=0.0)] * len(us)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether somebody listens to a module that the fused road does not call."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _make_divisible(value: float, divisor: int) -> int:
+    """`value` to the nearest multiple of `divisor`, at least one, and not below 0.9 · value."""
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * value else rounded
