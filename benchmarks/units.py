@@ -40,7 +40,7 @@ class Convolutions(nn.Module):
         self.convs = nn.ModuleList(path.conv for path in unit.paths)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        xs = x.tensor_split(len(self.convs), 1) if self.split_input else [x] * len(self.convs)
+        xs = x.split(x.shape[1] // len(self.convs), 1) if self.split_input else [x] * len(self.convs)
         return [conv(x_m) for conv, x_m in zip(self.convs, xs)]
 
 

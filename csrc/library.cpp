@@ -1,5 +1,6 @@
 // The native operators: the one list of what is native. Shapes: ys are M branches (B, C, H, W); mean, scale, bias, p, q
-// are (M, C), a is (B, M, C), s and t are (B, C), sums are (3, B, M, C). sk_fused/functional.py says what each is for.
+// are (M, C), a is (B, M, C), s and t are (B, C), what squeeze
+// returns (sums, B, M, C). sk_fused/functional.py says what each is for.
 #include <torch/extension.h>
 #include <torch/library.h>
 
@@ -7,7 +8,7 @@
 
 TORCH_LIBRARY(sk_fused, m) {
   m.def("branch_statistics(Tensor[] ys) -> (Tensor mean, Tensor var)");
-  m.def("squeeze(Tensor[] ys, Tensor mean, Tensor scale, Tensor bias, str activation, float negative_slope, Tensor? g=None) -> Tensor");
+  m.def("squeeze(Tensor[] ys, Tensor mean, Tensor scale, Tensor bias, str activation, float negative_slope, int sums, Tensor? g=None) -> Tensor");
   m.def(
       "attend(Tensor s, Tensor fc_reduce, Tensor weight, Tensor bias, Tensor? mean, Tensor? var, float eps, Tensor fc_select)"
       " -> (Tensor a, Tensor reduced, Tensor mean, Tensor var)");

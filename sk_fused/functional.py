@@ -157,7 +157,8 @@ class _SelectiveKernel(torch.autograd.Function):
             mean, var = backend.branch_statistics(ys)
         r = torch.rsqrt(var + eps)
         scale = weight * r
-        sums = backend.squeeze(ys, mean, scale, bias, *act)
+        # The second and third sum serve the backward.
+        sums = backend.squeeze(ys, mean, scale, bias, *act, 3 if any(ctx.needs_input_grad) else 1)
         s = sums[0].sum(1) / (ys[0].shape[2] * ys[0].shape[3])
         a, reduced, attn_mean, attn_var = backend.attend(s, reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, select)
         v = backend.select(ys, mean, scale, bias, a, *act)
@@ -179,7 +180,7 @@ class _SelectiveKernel(torch.autograd.Function):
         g = g.contiguous(memory_format=ctx.layout)
 
         # The reducing pass: Σ g·u is the gradient of a.
-        R = backend.squeeze(ys, mean, scale, bias, *ctx.act, g)
+        R = backend.squeeze(ys, mean, scale, bias, *ctx.act, 3, g)
         ds, dreduce, dattn_weight, dattn_bias, dselect = backend.attend_backward(
             R[0], a, s, reduced, reduce, attn_weight, attn_bias, attn_mean, attn_var, ctx.attn_eps, ctx.attn_training, select
         )

@@ -127,7 +127,7 @@ class FusedSelectiveKernel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        xs = x.tensor_split(self.num_paths, 1) if self.split_input else [x] * self.num_paths
+        xs = x.split(self.in_channels // self.num_paths, 1) if self.split_input else [x] * self.num_paths
         # An empty batch has no statistics; PyTorch's own semantics for it are timm's.
         reason = self._why_not_attn()
         if reason or x.shape[0] == 0:

@@ -2,63 +2,53 @@
 
 #ifdef SK_ISA
 
-// Mean and sum of squared deviations of a column: kU neighbouring vectors, `count` of them `step` apart. The second look
-// at the data, with the mean known, is what keeps a variance right when |mean| >> std; it finds the data in cache.
-template <class T, int kU, bool kPartial>
-SK_INLINE void add_columns(const T* y, int64_t count, int64_t step, int64_t n, Vec<Accumulate<T>> (&total)[kU]) {
-  for (int64_t i = 0; i < count; ++i)
-    for (int j = 0; j < kU; ++j) total[j] += load_lanes<kPartial>(y + i * step + j * kLanes<Accumulate<T>>, n);
-}
+// The sum over a segment gives its mean, a second look the sum of squared deviations from that mean: right also when
+// |mean| >> std. The second look finds the segment in cache.
 
-template <class T, int kU, bool kPartial>
-SK_INLINE void add_squares(const T* y, int64_t count, int64_t step, int64_t n, const Vec<Accumulate<T>> (&mean)[kU],
-                           Vec<Accumulate<T>> (&total)[kU]) {
-  for (int64_t i = 0; i < count; ++i)
-    for (int j = 0; j < kU; ++j) {
-      const Vec<Accumulate<T>> d = load_lanes<kPartial>(y + i * step + j * kLanes<Accumulate<T>>, n) - mean[j];
-      total[j] += d * d;
+// Lanes are channels: adds y, or (y - mean)^2, of kN pixels to total (C).
+template <class T, bool kSquares, int kN>
+SK_INLINE void add_pixels(const T* y, const Accumulate<T>* mean, int64_t C, Accumulate<T>* total) {
+  using A = Accumulate<T>;
+  int64_t c = 0;
+  for (; c + kLanes<A> <= C; c += kLanes<A>) {
+    if constexpr (kN > 1 && !kSquares) prefetch_next_pixels<kN>(y + c, C, c);
+    Vec<A> x = load(total + c);
+    const Vec<A> centre = kSquares ? load(mean + c) : Vec<A>{};
+    for (int j = 0; j < kN; ++j) {
+      const Vec<A> d = load(y + j * C + c) - centre;
+      x += kSquares ? d * d : d;
+    }
+    store(total + c, x);
+  }
+  for (; c < C; ++c)
+    for (int j = 0; j < kN; ++j) {
+      const A d = static_cast<A>(y[j * C + c]) - (kSquares ? mean[c] : A(0));
+      total[c] += kSquares ? d * d : d;
     }
 }
 
-// Lanes are channels.
-template <class T, int kU, bool kPartial>
-SK_INLINE void channel_moments(const T* y, int64_t pixels, int64_t C, int64_t n, Accumulate<T>* mean, Accumulate<T>* squares) {
-  using A = Accumulate<T>;
-  Vec<A> average[kU] = {}, square[kU] = {};
-  add_columns<T, kU, kPartial>(y, pixels, C, n, average);
-  for (int j = 0; j < kU; ++j) average[j] /= A(pixels);
-  add_squares<T, kU, kPartial>(y, pixels, C, n, average, square);
-  for (int j = 0; j < kU; ++j) {
-    store_lanes<kPartial>(mean + j * kLanes<A>, average[j], n);
-    store_lanes<kPartial>(squares + j * kLanes<A>, square[j], n);
-  }
+template <class T, bool kSquares>
+SK_INLINE void add_segment(const T* y, const Accumulate<T>* mean, int64_t pixels, int64_t C, Accumulate<T>* total) {
+  constexpr int64_t kN = kPixelsAtOnce;
+  for (int64_t c = 0; c < C; ++c) total[c] = 0;
+  int64_t pixel = 0;
+  for (; pixel + kN <= pixels; pixel += kN) add_pixels<T, kSquares, kN>(y + pixel * C, mean, C, total);
+  for (; pixel < pixels; ++pixel) add_pixels<T, kSquares, 1>(y + pixel * C, mean, C, total);
 }
 
-// Lanes are pixels.
-template <class T>
-SK_INLINE void row_moments(const T* y, int64_t pixels, Accumulate<T>* mean, Accumulate<T>* squares) {
-  using A = Accumulate<T>;
-  constexpr int kU = 4;
-  const int64_t blocks = pixels / (kU * kLanes<A>), vectors = pixels / kLanes<A> - blocks * kU, n = pixels % kLanes<A>;
-  const T* const rest = y + blocks * kU * kLanes<A>;
-  const T* const tail = rest + vectors * kLanes<A>;
-  Vec<A> total[kU] = {}, first[1] = {};
-  add_columns<T, kU, false>(y, blocks, kU * kLanes<A>, 0, total);
-  add_columns<T, 1, false>(rest, vectors, kLanes<A>, 0, first);
-  if (n) first[0] += load<T>(tail, n);
-  const A average = sum<A>((total[0] + total[1]) + (total[2] + total[3]) + first[0]) / A(pixels);
+template <class A, bool kSquares> SK_INLINE void add_one(Vec<A>& total, Vec<A> d) { total += kSquares ? d * d : d; }
 
-  const Vec<A> centre[kU] = {splat<A>(average), splat<A>(average), splat<A>(average), splat<A>(average)};
-  const Vec<A> centre_of_one[1] = {centre[0]};
-  Vec<A> square[kU] = {}, last[1] = {};
-  add_squares<T, kU, false>(y, blocks, kU * kLanes<A>, 0, centre, square);
-  add_squares<T, 1, false>(rest, vectors, kLanes<A>, 0, centre_of_one, last);
-  if (n) {
-    const Vec<A> d = (load<T>(tail, n) - average) * mask<A>(n);
-    last[0] += d * d;
-  }
-  *mean = average;
-  *squares = sum<A>((square[0] + square[1]) + (square[2] + square[3]) + last[0]);
+// Lanes are pixels: the sum of y, or of (y - mean)^2, over a row.
+template <class T, bool kSquares> SK_INLINE Accumulate<T> sum_row(const T* y, Accumulate<T> mean, int64_t pixels) {
+  using A = Accumulate<T>;
+  constexpr int64_t L = kLanes<A>;
+  Vec<A> total[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * L <= pixels; i += 4 * L)
+    for (int j = 0; j < 4; ++j) add_one<A, kSquares>(total[j], load(y + i + j * L) - mean);
+  for (; i + L <= pixels; i += L) add_one<A, kSquares>(total[0], load(y + i) - mean);
+  if (i < pixels) add_one<A, kSquares>(total[1], (load<T>(y + i, pixels - i) - mean) * mask<A>(pixels - i));
+  return sum<A>((total[0] + total[1]) + (total[2] + total[3]));
 }
 
 // moments: (B, S, 2, M, C), the mean and the sum of squared deviations of every segment. A task is a segment where lanes
@@ -76,14 +66,15 @@ void branch_statistics_tasks(const Branches<T>& v, const Segments& segments, Acc
       A* const squares = mean + v.M * v.C;
       if (!v.channels_last) {
         const int64_t c = task % channels;
-        row_moments(v.y[m] + (b * v.C + c) * v.HW + start, pixels, mean + c, squares + c);
+        const T* const row = v.y[m] + (b * v.C + c) * v.HW + start;
+        mean[c] = sum_row<T, false>(row, 0, pixels) / static_cast<A>(pixels);
+        squares[c] = sum_row<T, true>(row, mean[c], pixels);
         continue;
       }
       const T* const y = v.y[m] + (b * v.HW + start) * v.C;
-      int64_t c = 0;
-      for (; c + 4 * kLanes<A> <= v.C; c += 4 * kLanes<A>) channel_moments<T, 4, false>(y + c, pixels, v.C, 0, mean + c, squares + c);
-      for (; c + kLanes<A> <= v.C; c += kLanes<A>) channel_moments<T, 1, false>(y + c, pixels, v.C, 0, mean + c, squares + c);
-      if (c < v.C) channel_moments<T, 1, true>(y + c, pixels, v.C, v.C - c, mean + c, squares + c);
+      add_segment<T, false>(y, nullptr, pixels, v.C, mean);
+      for (int64_t c = 0; c < v.C; ++c) mean[c] /= static_cast<A>(pixels);
+      add_segment<T, true>(y, mean, pixels, v.C, squares);
     }
   }
 }

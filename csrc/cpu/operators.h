@@ -11,7 +11,7 @@ using at::TensorList;
 std::tuple<Tensor, Tensor> branch_statistics_cpu(TensorList ys);
 
 Tensor squeeze_cpu(TensorList ys, const Tensor& mean, const Tensor& scale, const Tensor& bias, c10::string_view activation,
-                   double negative_slope, const std::optional<Tensor>& g);
+                   double negative_slope, int64_t sums, const std::optional<Tensor>& g);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attend_cpu(const Tensor& s, const Tensor& fc_reduce, const Tensor& weight, const Tensor& bias,
                                                       const std::optional<Tensor>& mean, const std::optional<Tensor>& var, double eps,

@@ -159,3 +159,9 @@ template <bool kChannelsLast, bool kPartial, class A> SK_INLINE Vec<A> constant(
   if constexpr (kChannelsLast) return load_lanes<kPartial>(p, n);
   else return splat<A>(*p);
 }
+
+// kN pixels at a time, channel by channel, is an order of reading that the hardware does not foresee; it halves the
+// bandwidth of memory. So the tile of channel c at p prefetches its share of the next kN pixels, in their order.
+template <int kN, class T> SK_INLINE void prefetch_next_pixels(const T* p, int64_t C, int64_t c) {
+  for (int j = 0; j < kN; ++j) __builtin_prefetch(p + kN * C + c * (kN - 1) + j * kLanes<Accumulate<T>>);
+}

@@ -41,8 +41,8 @@ if _C is not None:
         return ys[0].new_empty(shape, dtype=dtype), ys[0].new_empty(shape, dtype=dtype)
 
     @torch.library.register_fake("sk_fused::squeeze")
-    def _(ys, mean, scale, bias, activation, negative_slope, g=None):
-        return mean.new_empty((3, ys[0].shape[0], *mean.shape))
+    def _(ys, mean, scale, bias, activation, negative_slope, sums, g=None):
+        return mean.new_empty((sums, ys[0].shape[0], *mean.shape))
 
     @torch.library.register_fake("sk_fused::attend")
     def _(s, fc_reduce, weight, bias, mean, var, eps, fc_select):

@@ -67,14 +67,14 @@ def branch_statistics(ys: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.stack(mean), torch.stack(var)
 
 
-def squeeze(ys, mean, scale, bias, activation: str, negative_slope: float, g: Tensor | None = None) -> Tensor:
-    """The three sums, (3, B, M, C)."""
+def squeeze(ys, mean, scale, bias, activation: str, negative_slope: float, sums: int, g: Tensor | None = None) -> Tensor:
+    """The three sums, (3, B, M, C), or only the first, (1, B, M, C)."""
     weight = mean.new_ones(ys[0].shape) if g is None else g.to(mean.dtype)
-    sums = []
+    pooled = []
     for d, z in _normalized(ys, mean, scale, bias):
         u, k = activate(z, activation, negative_slope), gate(z, weight, activation, negative_slope)
-        sums.append(torch.stack([(weight * u).sum((2, 3)), k.sum((2, 3)), (k * d).sum((2, 3))]))
-    return torch.stack(sums, 2)
+        pooled.append(torch.stack([x.sum((2, 3)) for x in (weight * u, k, k * d)[:sums]]))
+    return torch.stack(pooled, 2)
 
 
 def attend(s, fc_reduce, weight, bias, mean, var, eps: float, fc_select) -> tuple[Tensor, Tensor, Tensor, Tensor]:
