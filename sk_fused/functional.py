@@ -37,12 +37,7 @@ class BatchNorm(NamedTuple):
         if self.training and shape.numel() == shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
 
-    def affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias in the dtype and device of `like`, whose last dimension is the channels."""
-        weight = like.new_ones(like.shape[-1]) if self.weight is None else self.weight.to(like.dtype)
-        bias = like.new_zeros(like.shape[-1]) if self.bias is None else self.bias.to(like.dtype)
-        return weight, bias
-
+    @torch.no_grad()
     def update(self, mean: Tensor, var: Tensor, count: int) -> None:
         """Moves the running statistics towards those of a batch of `count` values (biased `var`)."""
         if self.training and self.running_mean is not None:
@@ -52,10 +47,10 @@ class BatchNorm(NamedTuple):
 
 def why_not_together(norms: Sequence[BatchNorm]) -> str | None:
     """The reason why these batch-norms of the branches cannot go through one pass, or None."""
-    for field in ("training", "eps"):
-        values = [getattr(norm, field) for norm in norms]
-        if any(value != values[0] for value in values):
-            return f"the branches' batch-norms differ in {field}: {values}"
+    for norm in norms:
+        if norm.training != norms[0].training or norm.eps != norms[0].eps:
+            modes = ", ".join(f"training={norm.training} with eps={norm.eps}" for norm in norms)
+            return f"the branches' batch-norms differ: {modes}"
     return None
 
 
@@ -98,19 +93,20 @@ def selective_kernel(
     norms[0].check(first.shape)
     attn_norm.check(torch.Size((B, fc_reduce.shape[0], 1, 1)))
     backend = backends.choose(branches)
-    like = first.new_empty((0, C), dtype=accumulate_dtype(first.dtype))
-    weight, bias = (torch.stack(arrays) for arrays in zip(*(norm.affine(like) for norm in norms)))
-    attn = _attention(like, fc_reduce, attn_norm, fc_select)
+    like = {"dtype": accumulate_dtype(first.dtype), "device": first.device}
+    weight = torch.stack([_vector(norm.weight, 1.0, C, like) for norm in norms])
+    bias = torch.stack([_vector(norm.bias, 0.0, C, like) for norm in norms])
     statistics = None, None
     if not norms[0].training:
-        statistics = (torch.stack([getattr(norm, name).to(like.dtype) for norm in norms]) for name in ("running_mean", "running_var"))
-    v, mean, var, attn_mean, attn_var = _SelectiveKernel.apply(
-        backend, (activation, float(negative_slope)), norms[0].eps, *statistics, weight, bias, *attn, *branches
+        statistics = (torch.stack([vector.to(**like) for vector in vectors]) for vectors in zip(*(norm[2:4] for norm in norms)))
+    attn = _attention(like, fc_reduce, attn_norm, fc_select)
+    v, mean, var, attn_mean, attn_var = _apply(
+        _SelectiveKernel, backend, (activation, float(negative_slope)), norms[0].eps, *statistics, weight, bias, *attn, *branches
     )
-    with torch.no_grad():
+    if norms[0].training:
         for norm, branch_mean, branch_var in zip(norms, mean, var):
             norm.update(branch_mean, branch_var, B * H * W)
-        attn_norm.update(attn_mean, attn_var, B)
+    attn_norm.update(attn_mean, attn_var, B)
     return v
 
 
@@ -132,38 +128,53 @@ def attend(s: Tensor, fc_reduce: Tensor, attn_norm: BatchNorm, fc_select: Tensor
         raise ValueError(f"s: expected shape (B, C), got {tuple(s.shape)}")
     _check_attention(s, s.shape[1], fc_reduce, fc_select)
     attn_norm.check(torch.Size((s.shape[0], fc_reduce.shape[0], 1, 1)))
-    like = s.to(accumulate_dtype(s.dtype)).contiguous()
-    a, mean, var = _Attend.apply(backends.choose([s]), like, *_attention(like, fc_reduce, attn_norm, fc_select))
-    with torch.no_grad():
-        attn_norm.update(mean, var, s.shape[0])
+    like = {"dtype": accumulate_dtype(s.dtype), "device": s.device}
+    attn = _attention(like, fc_reduce, attn_norm, fc_select)
+    a, mean, var = _apply(_Attend, backends.choose([s]), s.to(**like).contiguous(), *attn)
+    attn_norm.update(mean, var, s.shape[0])
     return a.to(s.dtype)
 
 
-def _attention(like: Tensor, fc_reduce: Tensor, norm: BatchNorm, fc_select: Tensor) -> tuple:
+def _vector(vector: Tensor | None, default: float, length: int, like: dict) -> Tensor:
+    return torch.full((length,), default, **like) if vector is None else vector.to(**like)
+
+
+def _attention(like: dict, fc_reduce: Tensor, norm: BatchNorm, fc_select: Tensor) -> tuple:
     """What a backend's `attend` takes beside s, in the dtype that it computes in."""
-    reduce, select = (weight.flatten(1).to(like.dtype).contiguous() for weight in (fc_reduce, fc_select))
-    mean, var = (None, None) if norm.training else (norm.running_mean.to(like.dtype), norm.running_var.to(like.dtype))
-    return reduce, *norm.affine(like.new_empty((0, reduce.shape[0]))), mean, var, norm.eps, select
+    reduce, select = (weight.flatten(1).to(**like).contiguous() for weight in (fc_reduce, fc_select))
+    D = fc_reduce.shape[0]
+    mean, var = (None, None) if norm.training else (norm.running_mean.to(**like), norm.running_var.to(**like))
+    return reduce, _vector(norm.weight, 1.0, D, like), _vector(norm.bias, 0.0, D, like), mean, var, norm.eps, select
+
+
+def _apply(function: type[torch.autograd.Function], *args):
+    """function.apply, without its cost where no graph is built."""
+    return function.apply(*args) if torch.is_grad_enabled() else function.forward(None, *args)
 
 
 class _SelectiveKernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, act, eps, mean, var, weight, bias, reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, select, *ys):
-        ctx.backend, ctx.act, ctx.attn_eps, ctx.M = backend, act, attn_eps, len(ys)
-        ctx.training, ctx.attn_training = mean is None, attn_mean is None
-        ctx.layout = torch.contiguous_format if ys[0].is_contiguous() or not _is_channels_last(ys[0]) else torch.channels_last
-        ys = [y.contiguous(memory_format=ctx.layout) for y in ys]
-        if ctx.training:
+        needs_grad = ctx is not None and any(ctx.needs_input_grad)
+        training, attn_training = mean is None, attn_mean is None
+        layout = _layout(ys[0])
+        ys = [y.contiguous(memory_format=layout) for y in ys]
+        if training:
             mean, var = backend.branch_statistics(ys)
         r = torch.rsqrt(var + eps)
         scale = weight * r
         # The second and third sum serve the backward.
-        sums = backend.squeeze(ys, mean, scale, bias, *act, 3 if any(ctx.needs_input_grad) else 1)
+        sums = backend.squeeze(ys, mean, scale, bias, *act, 3 if needs_grad else 1)
         s = sums[0].sum(1) / (ys[0].shape[2] * ys[0].shape[3])
         a, reduced, attn_mean, attn_var = backend.attend(s, reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, select)
         v = backend.select(ys, mean, scale, bias, a, *act)
-        attn = reduce, attn_weight, attn_bias, attn_mean, attn_var, select
-        ctx.save_for_backward(mean, r, scale, bias, sums[1:].clone(), s, a, reduced, *attn, *ys)
+        if ctx is None:
+            return v, mean, var, attn_mean, attn_var
+        if needs_grad:
+            attn = reduce, attn_weight, attn_bias, attn_mean, attn_var, select
+            ctx.save_for_backward(mean, r, scale, bias, sums[1:].clone(), s, a, reduced, *attn, *ys)
+            ctx.backend, ctx.act, ctx.attn_eps, ctx.M, ctx.layout = backend, act, attn_eps, len(ys), layout
+            ctx.training, ctx.attn_training = training, attn_training
         ctx.mark_non_differentiable(mean, var, attn_mean, attn_var)
         ctx.set_materialize_grads(False)
         return v, mean, var, attn_mean, attn_var
@@ -202,8 +213,11 @@ class _SelectiveKernel(torch.autograd.Function):
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, s, reduce, weight, bias, mean, var, eps, select):
-        ctx.backend, ctx.eps, ctx.training = backend, eps, mean is None
+        training = mean is None
         a, reduced, mean, var = backend.attend(s, reduce, weight, bias, mean, var, eps, select)
+        if ctx is None:
+            return a, mean, var
+        ctx.backend, ctx.eps, ctx.training = backend, eps, training
         ctx.save_for_backward(a, s, reduced, reduce, weight, bias, mean, var, select)
         ctx.mark_non_differentiable(mean, var)
         return a, mean, var
@@ -216,8 +230,11 @@ class _Attend(torch.autograd.Function):
         return None, ds, dreduce, dweight, dbias, None, None, None, dselect
 
 
-def _is_channels_last(y: Tensor) -> bool:
-    return y.is_contiguous(memory_format=torch.channels_last)
+def _layout(y: Tensor) -> torch.memory_format:
+    """The layout that all branches are brought to: that of y, contiguous if it has neither."""
+    if not y.is_contiguous() and y.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 def _check(branches: Sequence[Tensor], norms: Sequence[BatchNorm], fc_reduce: Tensor, fc_select: Tensor, activation: str) -> None:

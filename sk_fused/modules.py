@@ -1,7 +1,7 @@
 """Drop-ins for timm's SelectiveKernel and SelectiveKernelAttn: the same arguments, parameters, checkpoints and numbers."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -103,24 +103,26 @@ class FusedSelectiveKernel(nn.Module):
     def _why_not_attn(self) -> str | None:
         if type(self.attn) is not FusedSelectiveKernelAttn:
             return f"attn is a {type(self.attn).__name__}"
-        return f"attn has hooks" if _hooked(self.attn) else self.attn.why_not()
+        return "attn has hooks" if _hooked(self.attn) else self.attn.why_not()
 
     def _why_not_branches(self) -> str | None:
         activations = []
         for i, path in enumerate(self.paths):
-            if type(path).__name__ != "ConvNormAct" or not hasattr(path, "bn"):
+            if type(path).__name__ != "ConvNormAct":
                 return f"paths.{i} is a {type(path).__name__}"
+            bn = path.bn
             if getattr(path, "aa", None) is not None:
                 return f"paths.{i} has the anti-aliasing layer {type(path.aa).__name__}"
-            if type(path.bn).__name__ != "BatchNormAct2d":
-                return f"paths.{i} has the norm layer {type(path.bn).__name__}"
-            if type(path.bn.drop) is not nn.Identity:
-                return f"paths.{i} has the drop layer {type(path.bn.drop).__name__}"
-            if type(path.bn.act) not in _ACTIVATIONS:
-                return f"paths.{i} has the activation {type(path.bn.act).__name__}"
-            if any(map(_hooked, (path, path.bn, path.bn.drop, path.bn.act))):
+            if type(bn).__name__ != "BatchNormAct2d":
+                return f"paths.{i} has the norm layer {type(bn).__name__}"
+            drop, act = bn.drop, bn.act
+            if type(drop) is not nn.Identity:
+                return f"paths.{i} has the drop layer {type(drop).__name__}"
+            if type(act) not in _ACTIVATIONS:
+                return f"paths.{i} has the activation {type(act).__name__}"
+            if _hooked(path, bn, drop, act):
                 return f"paths.{i} has hooks"
-            activations.append(_activation(path.bn.act))
+            activations.append(_activation(act))
         if any(act != activations[0] for act in activations):
             return f"the branches differ in their activation: {activations}"
         return functional.why_not_together([_batch_norm(path.bn) for path in self.paths])
@@ -143,11 +145,41 @@ class FusedSelectiveKernel(nn.Module):
             v = functional.selective_kernel(us, _identity(us), attn.fc_reduce.weight, attn_norm, attn.fc_select.weight, "identity")
             _count_batch(attn.bn)
             return v
-        ys = [path.conv(x_m) for path, x_m in zip(self.paths, xs)]
         norms = [_batch_norm(path.bn) for path in self.paths]
         activation = _activation(self.paths[0].bn.act)
-        v = functional.selective_kernel(ys, norms, attn.fc_reduce.weight, attn_norm, attn.fc_select.weight, *activation)
+
+        def unit(xs: Sequence[Tensor]) -> Tensor:
+            ys = [path.conv(x_m) for path, x_m in zip(self.paths, xs)]
+            return functional.selective_kernel(ys, norms, attn.fc_reduce.weight, attn_norm, attn.fc_select.weight, *activation)
+
+        v = self._few_at_once(unit, x, xs) if self._images_are_independent(attn_norm, *norms) else unit(xs)
         _count_batch(attn.bn, *(path.bn for path in self.paths))
+        return v
+
+    def _images_are_independent(self, *norms: functional.BatchNorm) -> bool:
+        """Whether nothing looks at the batch as a whole: no batch statistics, no graph to build, no hook that counts calls."""
+        return (
+            not torch.is_grad_enabled()
+            and not any(norm.training for norm in norms)
+            and not _hooked(*(path.conv for path in self.paths))
+            and not torch.compiler.is_compiling()
+        )
+
+    def _few_at_once(self, unit: Callable[[Sequence[Tensor]], Tensor], x: Tensor, xs: Sequence[Tensor]) -> Tensor:
+        """`unit`, on a CPU a few images at a time, so that their branches stay in cache until they are selected."""
+        stride = self.paths[0].conv.stride
+        image = self.num_paths * self.out_channels * (x.shape[2] // stride[0]) * (x.shape[3] // stride[1]) * x.element_size()
+        images = max(1, _CACHE_BYTES // max(1, image))
+        if x.device.type != "cpu" or images >= x.shape[0]:
+            return unit(xs)
+        parts = zip(*(x_m.split(images) for x_m in xs))
+        first = unit(next(parts))
+        layout = torch.contiguous_format if first.is_contiguous() else torch.channels_last
+        v = torch.empty((x.shape[0], *first.shape[1:]), dtype=first.dtype, device=first.device, memory_format=layout)
+        outputs = iter(v.split(images))
+        next(outputs).copy_(first)
+        for output, part in zip(outputs, parts):
+            output.copy_(unit(part))
         return v
 
     def _check(self, x: Tensor) -> None:
@@ -202,7 +234,7 @@ class FusedSelectiveKernelAttn(nn.Module):
             conv = getattr(self, name)
             if type(conv) is not nn.Conv2d or conv.kernel_size != (1, 1) or conv.bias is not None or conv.groups != 1:
                 return f"attn.{name} is not a 1 × 1 convolution without bias and groups: {conv}"
-        if any(map(_hooked, (self.fc_reduce, self.bn, self.act, self.fc_select))):
+        if _hooked(self.fc_reduce, self.bn, self.act, self.fc_select):
             return "the layers of attn have hooks"
         return None
 
@@ -279,6 +311,9 @@ def _conv_norm_act(act_layer, norm_layer, aa_layer) -> type[nn.Module]:
     return timm_conv_norm_act
 
 
+# Of the branches in flight: a part of what a core's share of the last-level cache holds on today's servers.
+_CACHE_BYTES = 4 << 20
+
 _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu", nn.Identity: "identity"}
 
 
@@ -310,9 +345,12 @@ def _identity(us: Sequence[Tensor]) -> list[functional.BatchNorm]:
     return [functional.BatchNorm(None, None, zeros, ones, training=False, eps=0.0)] * len(us)
 
 
-def _hooked(module: nn.Module) -> bool:
-    """Whether somebody listens to a module that the fused road does not call."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+def _hooked(*modules: nn.Module) -> bool:
+    """Whether somebody listens to modules that the fused road does not call."""
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return True
+    return False
 
 
 def _make_divisible(value: float, divisor: int) -> int:

@@ -103,6 +103,12 @@ template <class A> SK_INLINE Vec<A> mask(int64_t n) {
   return v;
 }
 
+#if SK_VECTOR_BYTES == 64
+template <class A> SK_INLINE A sum(Vec<A> v) {
+  if constexpr (sizeof(A) == 4) return _mm512_reduce_add_ps(v);
+  else return _mm512_reduce_add_pd(v);
+}
+#else
 template <class A> SK_INLINE A sum(Vec<A> v) {
   A part[kLanes<A>];
   std::memcpy(part, &v, sizeof v);
@@ -110,6 +116,7 @@ template <class A> SK_INLINE A sum(Vec<A> v) {
     for (int i = 0; i < width; ++i) part[i] += part[i + width];
   return part[0];
 }
+#endif
 
 // exp by x = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor polynomial of exp(r); about 1 ulp. Saturates instead of
 // overflowing, keeps NaN.
