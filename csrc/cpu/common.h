@@ -65,12 +65,13 @@ template <class T> struct Branches {
 constexpr int kPixelsAtOnce = 4;
 
 // The reductions sum a segment of pixels of one image at a time, and then the segments in their order: the result does
-// not depend on the number of threads. A segment is short enough that a second look at it finds it in cache, and that a
-// float32 sum over it is exact to a few ulp.
+// not depend on the number of threads. A segment is short enough that a second look at it finds it in cache. In
+// channels_last, where one lane adds up all of a channel, it is at most `longest` pixels, for the sake of precision.
 struct Segments {
   int64_t pixels, per_image;
-  Segments(int64_t C, int64_t HW, bool channels_last)
-      : pixels(channels_last ? std::max<int64_t>(1, 32768 / std::max<int64_t>(1, C)) : 4096), per_image((HW + pixels - 1) / pixels) {}
+  Segments(int64_t C, int64_t HW, bool channels_last, int64_t longest = 128)
+      : pixels(channels_last ? std::clamp<int64_t>(32768 / std::max<int64_t>(1, C), 1, longest) : 4096),
+        per_image((HW + pixels - 1) / pixels) {}
 };
 
 // Rows per task so that a task is worth a thread: about 32 Ki elements.
