@@ -1,4 +1,4 @@
-"""The differentiable Selective Kernel unit: from the branches' convolutions to the output, forward and backward.
+"""The differentiable Selective Kernel unit, forward and backward: from the branches, or from the input of their convolutions.
 
 Of branch-sized data the forward reads every branch once for each of: its batch statistics (in training), the squeeze,
 the select. The backward reads them twice: one reducing pass, one writing pass. The branches y_m are all it keeps.
@@ -88,11 +88,68 @@ def selective_kernel(
         TypeError: the branches are not of one floating-point dtype.
     """
     _check(branches, norms, fc_reduce, fc_select, activation)
-    first = branches[0]
-    B, C, H, W = first.shape
-    norms[0].check(first.shape)
+    return _unit(branches, None, branches[0].shape, norms, fc_reduce, attn_norm, fc_select, activation, negative_slope)
+
+
+def convolved_selective_kernel(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    stride: int,
+    dilations: Sequence[int],
+    norms: Sequence[BatchNorm],
+    fc_reduce: Tensor,
+    attn_norm: BatchNorm,
+    fc_select: Tensor,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """`selective_kernel` of the grouped convolutions y_m = w_m ∗ x, 3 × 3, padded by their dilation.
+
+    The convolutions are the package's own: one pass over x serves all branches, the batch statistics come out of it, and
+    so does, in eval without gradients, the whole unit, whose branches never leave the cache. In the backward the gradients
+    of the branches do not. `convolves` says which convolutions a backend takes.
+
+    Args:
+        x: (B, C, H, W), contiguous or channels_last, else brought to contiguous.
+        weights: M weights (C, C/groups, 3, 3).
+        stride: of all branches.
+        dilations: one for each branch.
+        norms, fc_reduce, attn_norm, fc_select, activation, negative_slope: as for `selective_kernel`.
+
+    Returns:
+        v, (B, C, ⌈H/stride⌉, ⌈W/stride⌉), in the layout of x; under autocast in its dtype.
+
+    Raises:
+        ValueError, TypeError: as `selective_kernel`.
+        RuntimeError: the backend that is used does not take these convolutions.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+    backend = backends.choose([x])
+    reason = backend.why_not_convolve(x, weights, stride, dilations)
+    if reason:
+        raise RuntimeError(reason)
+    B, C, H, W = x.shape
+    shape = torch.Size((B, C, (H - 1) // stride + 1, (W - 1) // stride + 1))
+    _check([x] * len(weights), norms, fc_reduce, fc_select, activation)
+    return _unit([x, *weights], (stride, list(dilations)), shape, norms, fc_reduce, attn_norm, fc_select, activation, negative_slope)
+
+
+def convolves(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int]) -> bool:
+    """Whether the backend in use takes `convolved_selective_kernel` of these."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x[:0].to(torch.get_autocast_dtype(x.device.type))
+    return backends.choose([x]).why_not_convolve(x, weights, stride, dilations) is None
+
+
+def _unit(tensors, convolution, shape, norms, fc_reduce, attn_norm, fc_select, activation, negative_slope) -> Tensor:
+    """Of branches of this shape, which are the `tensors`, or, with a convolution, its stride and dilations, are made from
+    them: x and the weights."""
+    first = tensors[0]
+    B, C, H, W = shape
+    norms[0].check(shape)
     attn_norm.check(torch.Size((B, fc_reduce.shape[0], 1, 1)))
-    backend = backends.choose(branches)
     like = {"dtype": accumulate_dtype(first.dtype), "device": first.device}
     weight = torch.stack([_vector(norm.weight, 1.0, C, like) for norm in norms])
     bias = torch.stack([_vector(norm.bias, 0.0, C, like) for norm in norms])
@@ -101,7 +158,16 @@ def selective_kernel(
         statistics = (torch.stack([vector.to(**like) for vector in vectors]) for vectors in zip(*(norm[2:4] for norm in norms)))
     attn = _attention(like, fc_reduce, attn_norm, fc_select)
     v, mean, var, attn_mean, attn_var = _apply(
-        _SelectiveKernel, backend, (activation, float(negative_slope)), norms[0].eps, *statistics, weight, bias, *attn, *branches
+        _SelectiveKernel,
+        backends.choose([first]),
+        convolution,
+        (activation, float(negative_slope)),
+        norms[0].eps,
+        *statistics,
+        weight,
+        bias,
+        *attn,
+        *tensors,
     )
     if norms[0].training:
         for norm, branch_mean, branch_var in zip(norms, mean, var):
@@ -154,12 +220,24 @@ def _apply(function: type[torch.autograd.Function], *args):
 
 class _SelectiveKernel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, act, eps, mean, var, weight, bias, reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, select, *ys):
+    def forward(
+        ctx, backend, convolution, act, eps, mean, var, weight, bias, reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, select, *tensors
+    ):
         needs_grad = ctx is not None and any(ctx.needs_input_grad)
         training, attn_training = mean is None, attn_mean is None
-        layout = _layout(ys[0])
-        ys = [y.contiguous(memory_format=layout) for y in ys]
-        if training:
+        layout = _layout(tensors[0])
+        ys = [y.contiguous(memory_format=layout) for y in tensors[: None if convolution is None else 1]]
+        if convolution is not None:
+            weight_layout = _layout(tensors[1])
+            operands = ys[0], [w.contiguous(memory_format=weight_layout) for w in tensors[1:]], *convolution
+            if ctx is None and not training and not attn_training:
+                scale = weight * torch.rsqrt(var + eps)
+                attn = reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, select
+                return backend.unit(*operands, mean, scale, bias, *attn, *act), mean, var, attn_mean, attn_var
+            ys, batch_mean, batch_var = backend.branch(*operands)
+            if training:
+                mean, var = batch_mean, batch_var
+        elif training:
             mean, var = backend.branch_statistics(ys)
         r = torch.rsqrt(var + eps)
         scale = weight * r
@@ -172,8 +250,9 @@ class _SelectiveKernel(torch.autograd.Function):
             return v, mean, var, attn_mean, attn_var
         if needs_grad:
             attn = reduce, attn_weight, attn_bias, attn_mean, attn_var, select
-            ctx.save_for_backward(mean, r, scale, bias, sums[1:].clone(), s, a, reduced, *attn, *ys)
-            ctx.backend, ctx.act, ctx.attn_eps, ctx.M, ctx.layout = backend, act, attn_eps, len(ys), layout
+            inputs = () if convolution is None else (operands[0], *operands[1])
+            ctx.save_for_backward(mean, r, scale, bias, sums[1:].clone(), s, a, reduced, *attn, *inputs, *ys)
+            ctx.backend, ctx.convolution, ctx.act, ctx.attn_eps, ctx.M, ctx.layout = backend, convolution, act, attn_eps, len(ys), layout
             ctx.training, ctx.attn_training = training, attn_training
         ctx.mark_non_differentiable(mean, var, attn_mean, attn_var)
         ctx.set_materialize_grads(False)
@@ -183,10 +262,10 @@ class _SelectiveKernel(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, *_):
         if g is None:
-            return (None,) * (14 + ctx.M)
-        mean, r, scale, bias, K, s, a, reduced, *attn = ctx.saved_tensors[: -ctx.M]
+            return (None,) * len(ctx.needs_input_grad)
+        mean, r, scale, bias, K, s, a, reduced, *attn = ctx.saved_tensors[: 14]
         reduce, attn_weight, attn_bias, attn_mean, attn_var, select = attn
-        ys = list(ctx.saved_tensors[-ctx.M :])
+        inputs, ys = ctx.saved_tensors[14 : -ctx.M], list(ctx.saved_tensors[-ctx.M :])
         backend, pixels = ctx.backend, ys[0].shape[2] * ys[0].shape[3]
         g = g.contiguous(memory_format=ctx.layout)
 
@@ -200,14 +279,19 @@ class _SelectiveKernel(torch.autograd.Function):
         dbias, dscale = (a * R[1:] + t[:, None] * K).sum(1)
 
         # The writing pass.
-        dys = [None] * ctx.M
-        if any(ctx.needs_input_grad[-ctx.M :]):
+        dtensors = [None] * (len(ctx.needs_input_grad) - 15)
+        if any(ctx.needs_input_grad[15:]):
             p = q = torch.zeros_like(scale)
             if ctx.training:
                 count = ys[0].shape[0] * pixels
                 p, q = scale * dbias / count, scale * r * r * dscale / count
-            dys = backend.select_backward(g, ys, mean, scale, bias, a, t, p, q, *ctx.act)
-        return None, None, None, None, None, r * dscale, dbias, dreduce, dattn_weight, dattn_bias, None, None, None, dselect, *dys
+            if ctx.convolution is None:
+                dtensors = backend.select_backward(g, ys, mean, scale, bias, a, t, p, q, *ctx.act)
+            else:
+                x, *weights = inputs
+                dx, dweights = backend.branch_backward(g, x, weights, *ctx.convolution, ys, mean, scale, bias, a, t, p, q, *ctx.act)
+                dtensors = dx, *dweights
+        return None, None, None, None, None, None, r * dscale, dbias, dreduce, dattn_weight, dattn_bias, None, None, None, dselect, *dtensors
 
 
 class _Attend(torch.autograd.Function):

@@ -89,9 +89,8 @@ void branch_statistics_tasks(const Branches<T>& v, const Segments& segments, Acc
 
 namespace sk {
 
-// The moments of all segments joined (Chan, Golub, LeVeque 1979, formula 2.1, for many parts at once).
 template <class A>
-static void join(const A* moments, const Segments& segments, int64_t B, int64_t HW, int64_t channels, A* mean, A* var) {
+void join_moments(const A* moments, const Segments& segments, int64_t B, int64_t HW, int64_t channels, A* mean, A* var) {
   const int64_t parts = B * segments.per_image;
   const double count = static_cast<double>(B) * HW;
   std::vector<double> average(channels), square(channels);
@@ -117,6 +116,9 @@ static void join(const A* moments, const Segments& segments, int64_t B, int64_t 
   }
 }
 
+template void join_moments<float>(const float*, const Segments&, int64_t, int64_t, int64_t, float*, float*);
+template void join_moments<double>(const double*, const Segments&, int64_t, int64_t, int64_t, double*, double*);
+
 std::tuple<Tensor, Tensor> branch_statistics_cpu(TensorList ys) {
   check_branches(ys);
   TORCH_CHECK_VALUE(ys[0].numel() > 0, "ys: expected at least one value per channel, got shape ", ys[0].sizes());
@@ -133,7 +135,7 @@ std::tuple<Tensor, Tensor> branch_statistics_cpu(TensorList ys) {
     const int64_t channels = v.channels_last ? 1 : C;
     at::parallel_for(0, v.B * segments.per_image * channels, grain(v.M * std::min(v.HW, segments.pixels) * C / channels),
                      [&](int64_t first, int64_t last) { kernel(v, segments, out, first, last); });
-    join<A>(out, segments, v.B, v.HW, M * C, mean.data_ptr<A>(), var.data_ptr<A>());
+    join_moments<A>(out, segments, v.B, v.HW, M * C, mean.data_ptr<A>(), var.data_ptr<A>());
   });
   return {mean, var};
 }

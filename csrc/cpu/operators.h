@@ -10,6 +10,18 @@ using at::TensorList;
 
 std::tuple<Tensor, Tensor> branch_statistics_cpu(TensorList ys);
 
+std::tuple<std::vector<Tensor>, Tensor, Tensor> branch_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArrayRef dilations);
+
+std::tuple<Tensor, std::vector<Tensor>> branch_backward_cpu(const Tensor& g, const Tensor& x, TensorList weights, int64_t stride,
+                                                            at::IntArrayRef dilations, TensorList ys, const Tensor& mean,
+                                                            const Tensor& scale, const Tensor& bias, const Tensor& a, const Tensor& t,
+                                                            const Tensor& p, const Tensor& q, c10::string_view activation,
+                                                            double negative_slope);
+
+Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArrayRef dilations, const Tensor& mean, const Tensor& scale,
+                const Tensor& bias, const Tensor& fc_reduce, const Tensor& attn_weight, const Tensor& attn_bias, const Tensor& attn_mean,
+                const Tensor& attn_var, double attn_eps, const Tensor& fc_select, c10::string_view activation, double negative_slope);
+
 Tensor squeeze_cpu(TensorList ys, const Tensor& mean, const Tensor& scale, const Tensor& bias, c10::string_view activation,
                    double negative_slope, int64_t sums, const std::optional<Tensor>& g);
 

@@ -140,13 +140,7 @@ Tensor select_cpu(TensorList ys, const Tensor& mean, const Tensor& scale, const 
 std::vector<Tensor> select_backward_cpu(const Tensor& g, TensorList ys, const Tensor& mean, const Tensor& scale, const Tensor& bias,
                                         const Tensor& a, const Tensor& t, const Tensor& p, const Tensor& q, c10::string_view activation,
                                         double negative_slope) {
-  check_normalized(ys, mean, scale, bias);
-  check_like(g, "g", ys[0]);
-  const int64_t M = ys.size(), B = ys[0].size(0), C = ys[0].size(1);
-  check_array(a, "a", mean.scalar_type(), {B, M, C});
-  check_array(t, "t", mean.scalar_type(), {B, C});
-  check_array(p, "p", mean.scalar_type(), {M, C});
-  check_array(q, "q", mean.scalar_type(), {M, C});
+  check_select_backward(g, ys, mean, scale, bias, a, t, p, q);
   std::vector<Tensor> dys;
   for (const auto& y : ys) dys.push_back(at::empty_like(y, layout(y)));
   dispatch(ys[0].scalar_type(), activation, [&]<class T, Activation kAct>() {

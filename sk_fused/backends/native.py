@@ -27,13 +27,47 @@ def why_not(branches: Sequence[Tensor]) -> str | None:
     return None
 
 
+def why_not_convolve(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int]) -> str | None:
+    """The reason why these convolutions are left to PyTorch, or None."""
+    C, groups = x.shape[1], weights[0].shape[1]
+    if x.dtype == torch.float64:
+        return "the native convolutions take float32, bfloat16 and float16, x is torch.float64"
+    if groups not in (4, 8, 16, 32) or any(w.shape != (C, groups, 3, 3) for w in weights):
+        shapes = ", ".join(str(tuple(w.shape)) for w in weights)
+        return f"the native convolutions are 3 × 3, with 4, 8, 16 or 32 channels a group, in and out; the weights are {shapes}, x has {C} channels"
+    if stride not in (1, 2) or not all(1 <= d <= 3 for d in dilations) or len(weights) > 8:
+        return f"the native convolutions have stride 1 or 2, dilation 1 to 3 and at most 8 branches, got {stride}, {dilations}, {len(weights)}"
+    return None
+
+
 if _C is not None:
+    branch = torch.ops.sk_fused.branch.default
+    branch_backward = torch.ops.sk_fused.branch_backward.default
+    unit = torch.ops.sk_fused.unit.default
     branch_statistics = torch.ops.sk_fused.branch_statistics.default
     squeeze = torch.ops.sk_fused.squeeze.default
     attend = torch.ops.sk_fused.attend.default
     attend_backward = torch.ops.sk_fused.attend_backward.default
     select = torch.ops.sk_fused.select.default
     select_backward = torch.ops.sk_fused.select_backward.default
+
+    def _output(x: Tensor, stride: int) -> Tensor:
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        B, C, H, W = x.shape
+        return torch.empty((B, C, (H - 1) // stride + 1, (W - 1) // stride + 1), dtype=x.dtype, device=x.device, memory_format=layout)
+
+    @torch.library.register_fake("sk_fused::branch")
+    def _(x, weights, stride, dilations):
+        statistics = [x.new_empty((len(weights), x.shape[1]), dtype=torch.float32) for _ in range(2)]
+        return [_output(x, stride) for _ in weights], *statistics
+
+    @torch.library.register_fake("sk_fused::branch_backward")
+    def _(g, x, weights, stride, dilations, ys, mean, scale, bias, a, t, p, q, activation, negative_slope):
+        return torch.empty_like(x), [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
+
+    @torch.library.register_fake("sk_fused::unit")
+    def _(x, weights, stride, dilations, mean, scale, bias, fc_reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, fc_select, activation, negative_slope):
+        return _output(x, stride)
 
     @torch.library.register_fake("sk_fused::branch_statistics")
     def _(ys):
