@@ -33,6 +33,8 @@ template <class T> SK_INLINE void load_pixels(const T* image, const Picture& s, 
   constexpr int L = kLanes<float>;
   const T* const from = image + p * (s.channels_last ? s.C : 1);
   const int64_t step = s.channels_last ? s.C : s.pixels(), rows = s.channels_last ? pixels : channels, columns = s.channels_last ? channels : pixels;
+  if (s.channels_last)
+    for (int i = 0; i < L; ++i) __builtin_prefetch(from + (2 * L + i) * step);
   if (rows == L && columns == L)
     for (int i = 0; i < L; ++i) v[i] = load(from + i * step);
   else if (columns == L)
@@ -47,6 +49,8 @@ template <class T> SK_INLINE void store_pixels(T* image, const Picture& s, int64
   T* const to = image + p * (s.channels_last ? s.C : 1);
   const int64_t step = s.channels_last ? s.C : s.pixels(), rows = s.channels_last ? pixels : channels, columns = s.channels_last ? channels : pixels;
   if (!s.channels_last) transpose(v);
+  if (s.channels_last)
+    for (int i = 0; i < L; ++i) __builtin_prefetch(to + (2 * L + i) * step, 1);
   if (rows == L && columns == L)
     for (int i = 0; i < L; ++i) store(to + i * step, v[i]);
   else if (columns == L)
