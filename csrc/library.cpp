@@ -8,12 +8,12 @@
 
 TORCH_LIBRARY(sk_fused, m) {
   m.def("branch_statistics(Tensor[] ys) -> (Tensor mean, Tensor var)");
-  m.def("branch(Tensor x, Tensor[] weights, int stride, int[] dilations) -> (Tensor[] ys, Tensor mean, Tensor var)");
+  m.def("branch(Tensor x, Tensor[] weights, int stride, int[] dilations, int groups) -> (Tensor[] ys, Tensor mean, Tensor var)");
   m.def(
-      "branch_backward(Tensor g, Tensor x, Tensor[] weights, int stride, int[] dilations, Tensor[] ys, Tensor mean, Tensor scale,"
+      "branch_backward(Tensor g, Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, Tensor[] ys, Tensor mean, Tensor scale,"
       " Tensor bias, Tensor a, Tensor t, Tensor p, Tensor q, str activation, float negative_slope) -> (Tensor dx, Tensor[] dweights)");
   m.def(
-      "unit(Tensor x, Tensor[] weights, int stride, int[] dilations, Tensor mean, Tensor scale, Tensor bias, Tensor fc_reduce,"
+      "unit(Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, Tensor mean, Tensor scale, Tensor bias, Tensor fc_reduce,"
       " Tensor attn_weight, Tensor attn_bias, Tensor attn_mean, Tensor attn_var, float attn_eps, Tensor fc_select, str activation,"
       " float negative_slope) -> Tensor");
   m.def("squeeze(Tensor[] ys, Tensor mean, Tensor scale, Tensor bias, str activation, float negative_slope, int sums, Tensor? g=None) -> Tensor");
