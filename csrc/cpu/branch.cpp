@@ -177,8 +177,7 @@ Convolutions check_convolutions(const Tensor& x, TensorList weights, int64_t str
                  .tap_step = weights_channels_last ? inputs : 1,
                  .dilation = {}};
   std::copy(dilations.begin(), dilations.end(), s.dilation);
-  const bool direct = !split && inputs == outputs && (inputs == 4 || inputs == 8 || inputs == 16 || inputs == 32);
-  TORCH_CHECK_VALUE(s.winograd() || direct, "weights: expected multiples of 16 channels a group, in and out, and stride 1, or 4, 8, 16 or 32, got ",
+  TORCH_CHECK_VALUE(s.direct() || s.winograd(), "weights: expected multiples of 16 channels a group, in and out, and stride 1, or 4, 8, 16 or 32, got ",
                     inputs, " in, ", outputs, " out, stride ", stride);
   return s;
 }

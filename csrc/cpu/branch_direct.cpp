@@ -400,7 +400,6 @@ void branch_direct_backward(const Convolutions& convolutions, const Tensor& g, c
                             const Tensor& p, const Tensor& q, c10::string_view activation, double negative_slope, const Tensor& dx,
                             TensorList dweights) {
   const Clustered s = clustered(convolutions);
-  const int64_t L = SK_PICK(lanes)();
   // Parts of the batch are summed apart, where there are too few clusters for many threads.
   const int64_t parts = std::clamp<int64_t>((64 + s.clusters() - 1) / s.clusters(), 1, s.B);
   const Tensor partial = at::empty({parts, s.M, s.channels() * s.row()}, at::kFloat);
@@ -409,7 +408,7 @@ void branch_direct_backward(const Convolutions& convolutions, const Tensor& g, c
     if constexpr (!std::is_same_v<T, double>) {
       const Branches<T> branches(ys, mean, scale, bias, negative_slope);
       const Gradient<T> gradient{branches, g.const_data_ptr<T>(), a.const_data_ptr<float>(), t.const_data_ptr<float>(), p.const_data_ptr<float>(), q.const_data_ptr<float>()};
-      for (int64_t m = 0; m < s.M; ++m) turn_weights(s, weights[m].const_data_ptr<T>(), L, turned[m].data_ptr<float>());
+      for (int64_t m = 0; m < s.M; ++m) turn_weights(s, weights[m].const_data_ptr<T>(), turned[m].data_ptr<float>());
       const auto kernel = SK_PICK(branch_backward_tasks<T, kAct>);
       parallel_tasks(parts * s.clusters(), s.M * s.gradient_plane(nullptr).size() + s.in.pixels() * s.cluster, [&](float* scratch, int64_t first, int64_t last) {
         kernel(s, gradient, x.const_data_ptr<T>(), turned.const_data_ptr<float>(), parts, scratch, dx.data_ptr<T>(), partial.data_ptr<float>(), first, last);

@@ -8,6 +8,21 @@ template <class T> void pack_rows(const T* rows, int64_t channels, int64_t row, 
   pack(rows, Picture{channels, 1, row, false}, channels, Plane{out, row, 0, 1, 1, row, kLanes<float>});
 }
 
+// Of `channels` input channels, at most L, the weights for every output channel, a row apart: out[(o * 9 + 8 - k) * L].
+template <class T> void turn_rows(const T* weights, const Picture& kernel, int64_t outputs, int64_t row, int64_t channels, float* out) {
+  constexpr int64_t L = kLanes<float>;
+  for (int64_t o = 0; o < outputs; ++o)
+    for (int64_t k = 0; k < 9; k += L) {
+      Vec<float> v[L];
+      load_pixels(weights + o * row, kernel, k, clamp<L>(9 - k), channels, v);
+      for (int64_t i = 0; i < clamp<L>(9 - k); ++i) {
+        float* const to = out + (o * 9 + 8 - k - i) * L;
+        if (channels == L) store(to, v[i]);
+        else store(to, v[i], channels);
+      }
+    }
+}
+
 // Sums the parts of L channels' gradients (parts, row, L), and brings them back into rows.
 template <class T> void sum_rows(const float* partial, int64_t part_step, int64_t parts, int64_t channels, int64_t row, float* scratch, T* rows) {
   constexpr int64_t L = kLanes<float>;
@@ -30,14 +45,16 @@ namespace sk {
 
 template <class T> void pack_weights(const T* rows, int64_t channels, int64_t row, float* out) { SK_PICK(pack_rows<T>)(rows, channels, row, out); }
 
-template <class T> void turn_weights(const Convolutions& s, const T* weights, int64_t lanes, float* out) {
-  at::parallel_for(0, s.branch_inputs(), 32, [&](int64_t first, int64_t last) {
-    for (int64_t c = first; c < last; ++c) {
-      const int64_t group = c / s.inputs;
-      const T* const from = weights + group * s.outputs * s.row() + c % s.inputs * s.channel_step;
-      float* const to = out + c / lanes * lanes * s.outputs * 9 + c % lanes;
-      for (int64_t o = 0; o < s.outputs; ++o)
-        for (int64_t k = 0; k < 9; ++k) to[(o * 9 + 8 - k) * lanes] = static_cast<float>(from[o * s.row() + k * s.tap_step]);
+template <class T> void turn_weights(const Convolutions& s, const T* weights, float* out) {
+  const int64_t L = SK_PICK(lanes)();
+  const auto kernel = SK_PICK(turn_rows<T>);
+  const int64_t vectors = (s.inputs + L - 1) / L;
+  at::parallel_for(0, s.groups * vectors, grain(s.outputs * 9 * L), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t group = i / vectors, c = i % vectors * L, channel = group * s.inputs + c;
+      const Picture kernel_of_input{s.inputs, 1, 9, s.channel_step == 1};
+      kernel(weights + group * s.outputs * s.row() + c * s.channel_step, kernel_of_input, s.outputs, s.row(), std::min(L, s.inputs - c),
+             out + channel / L * L * s.outputs * 9 + channel % L);
     }
   });
 }
@@ -56,7 +73,7 @@ void sum_weight_gradients(const Convolutions& s, const float* partial, int64_t p
 
 #define SK_INSTANTIATE(T)                                              \
   template void pack_weights<T>(const T*, int64_t, int64_t, float*);   \
-  template void turn_weights<T>(const Convolutions&, const T*, int64_t, float*);
+  template void turn_weights<T>(const Convolutions&, const T*, float*);
 SK_INSTANTIATE(float)
 SK_INSTANTIATE(c10::BFloat16)
 SK_INSTANTIATE(c10::Half)

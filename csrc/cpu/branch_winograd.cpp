@@ -370,13 +370,14 @@ void branch_winograd_backward(const Convolutions& s, const Tensor& x, TensorList
       const std::vector<Tile> tiles = tiles_of(s.out, s.dilation[m]);
       const Winograd back = winograd_of(s, m, tiles, true);
       const Tensor turned = at::empty({s.branch_inputs() * s.outputs * 9}, at::kFloat);
-      turn_weights(s, weights[m].const_data_ptr<T>(), L, turned.data_ptr<float>());
+      turn_weights(s, weights[m].const_data_ptr<T>(), turned.data_ptr<float>());
       const Tensor u = transformed_weights(back, 9, 1, [&](int64_t channel, float*) { return turned.const_data_ptr<float>() + channel * s.outputs * 9; });
       convolve(back, dys[m].const_data_ptr<T>(), u, m > 0 && !s.split, dx.data_ptr<T>());
 
       Winograd w = winograd_of(s, m, tiles, false);
       const int64_t chunk = chunk_of(w), chunks = w.groups * w.outputs / chunk;
-      w.parts = std::clamp<int64_t>((64 + chunks - 1) / chunks, 1, s.B);
+      // Parts of the batch are summed apart, where there are too few chunks for many threads.
+      w.parts = std::clamp<int64_t>((16 + chunks - 1) / chunks, 1, s.B);
       const Tensor partial = at::empty({w.parts, w.groups * w.outputs * s.row()}, at::kFloat);
       const auto kernel = chunk == L ? SK_PICK(weight_gradient_tasks<T, 1>) : SK_PICK(weight_gradient_tasks<T, 2>);
       parallel_tasks(w.parts * chunks, w.plane_size(w.in, w.inputs) + w.plane_size(w.out, chunk) + 16 * w.block * (w.inputs + chunk) + 16 * w.inputs * chunk,

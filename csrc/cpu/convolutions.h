@@ -23,8 +23,10 @@ struct Convolutions {
   // The channels of x that a branch sees.
   int64_t branch_inputs() const { return groups * inputs; }
   int64_t first_input(int64_t m) const { return split ? m * branch_inputs() : 0; }
-  // Winograd's algorithm saves more than half of the products, where whole vectors of channels meet at each tap.
-  bool winograd() const { return stride == 1 && inputs % 16 == 0 && outputs % 16 == 0; }
+  // Small groups are convolved directly. Winograd's algorithm takes the rest: it saves more than half of the products, and
+  // pays where many channels meet at each tap.
+  bool direct() const { return !split && inputs == outputs && (inputs == 4 || inputs == 8 || inputs == 16 || inputs == 32); }
+  bool winograd() const { return !direct() && stride == 1 && inputs % 16 == 0 && outputs % 16 == 0; }
 };
 
 // `x` and `weights`, checked. One layout for all weights.
@@ -47,9 +49,9 @@ template <class F> void parallel_tasks(int64_t tasks, int64_t scratch_size, cons
 // L channels of weights, a row each, side by side: out[element of the row][L].
 template <class T> void pack_weights(const T* rows, int64_t channels, int64_t row, float* out);
 
-// Weights of a branch the other way round, for the gradient of its input: out[input channel / lanes][(o * 9 + k) * lanes],
-// taps turned by half a turn.
-template <class T> void turn_weights(const Convolutions& s, const T* weights, int64_t lanes, float* out);
+// Weights of a branch the other way round, for the gradient of its input: out[input channel / L][(o * 9 + k) * L], taps
+// turned by half a turn.
+template <class T> void turn_weights(const Convolutions& s, const T* weights, float* out);
 
 // The sum of the parts of a weight's gradient, (groups * outputs / L, inputs * 9, L) each and `part_step` apart.
 void sum_weight_gradients(const Convolutions& s, const float* partial, int64_t part_step, int64_t parts, const Tensor& dweight);
@@ -62,7 +64,7 @@ struct Attention {
   Tensor operator()(const Tensor& s) const { return std::get<0>(attend_cpu(s.contiguous(), fc_reduce, weight, bias, mean, var, eps, fc_select)); }
 };
 
-// Direct, for groups of 4, 8, 16 or 32 channels, in and out, of the whole input.
+// Where Convolutions::direct().
 void branch_direct(const Convolutions& s, const Tensor& x, TensorList weights, TensorList ys, const Tensor& mean, const Tensor& var);
 void branch_direct_backward(const Convolutions& s, const Tensor& g, const Tensor& x, TensorList weights, TensorList ys, const Tensor& mean,
                             const Tensor& scale, const Tensor& bias, const Tensor& a, const Tensor& t, const Tensor& p, const Tensor& q,
@@ -70,7 +72,7 @@ void branch_direct_backward(const Convolutions& s, const Tensor& g, const Tensor
 Tensor unit_direct(const Convolutions& s, const Tensor& x, TensorList weights, int64_t images, const Tensor& mean, const Tensor& scale,
                    const Tensor& bias, const Attention& attention, c10::string_view activation, double negative_slope);
 
-// By Winograd's algorithm, where Convolutions::winograd(), with the weights transformed first.
+// Where Convolutions::winograd(), with the weights transformed first.
 std::vector<Tensor> winograd_weights(const Convolutions& s, TensorList weights);
 void branch_winograd(const Convolutions& s, const Tensor& x, TensorList transformed, TensorList ys);
 void branch_winograd_backward(const Convolutions& s, const Tensor& x, TensorList weights, TensorList dys, const Tensor& dx, TensorList dweights);
