@@ -134,26 +134,26 @@ SK_INLINE void convolve(const Clustered& s, int64_t m, const Plane& x, const flo
   }
 }
 
-// Mean and sum of squared deviations of each channel, joined row by row (Chan, Golub, LeVeque 1979, formula 2.1).
+// Of each channel of an image, what join_moments takes; the first row's mean is the value near the mean.
 struct RowMoments {
-  float *mean, *squares;
+  float *centre, *squares, *missed;
   SK_INLINE void add(const float* row, int64_t cluster, int64_t width, int64_t k, int64_t before) const {
-    Vec<float> total = {}, deviations = {};
-    for (int64_t i = 0; i < width; ++i) total += load(row + i * cluster);
-    const Vec<float> average = total / static_cast<float>(width);
-    for (int64_t i = 0; i < width; ++i) {
-      const Vec<float> d = load(row + i * cluster) - average;
-      deviations += d * d;
-    }
     if (before == 0) {
-      store(mean + k, average);
-      store(squares + k, deviations);
-      return;
+      Vec<float> total = {};
+      for (int64_t i = 0; i < width; ++i) total += load(row + i * cluster);
+      store(centre + k, total / static_cast<float>(width));
+      store(squares + k, Vec<float>{});
+      store(missed + k, Vec<float>{});
     }
-    const float share = static_cast<float>(width) / static_cast<float>(before + width);
-    const Vec<float> old = load(mean + k), difference = average - old;
-    store(mean + k, old + difference * share);
-    store(squares + k, load(squares + k) + deviations + difference * difference * (share * static_cast<float>(before)));
+    const Vec<float> from = load(centre + k);
+    Vec<float> deviations = {}, their_squares = {};
+    for (int64_t i = 0; i < width; ++i) {
+      const Vec<float> d = load(row + i * cluster) - from;
+      deviations += d;
+      their_squares += d * d;
+    }
+    store(missed + k, load(missed + k) + deviations);
+    store(squares + k, load(squares + k) + their_squares);
   }
 };
 
@@ -168,9 +168,9 @@ template <Activation kAct> struct RowSum {
   }
 };
 
-// Tasks are (b, cluster). moments is (B, 2, M, clusters * cluster).
+// Tasks are (b, cluster). moments is (B, 2, M, clusters * cluster), missed (B, M, clusters * cluster).
 template <class T>
-void branch_tasks(const Clustered& s, const T* x, const float* weights, T* const* ys, float* scratch, float* moments, int64_t first, int64_t last) {
+void branch_tasks(const Clustered& s, const T* x, const float* weights, T* const* ys, float* scratch, float* moments, float* missed, int64_t first, int64_t last) {
   const Plane plane = s.input_plane(scratch);
   float* const block = scratch + plane.size();
   const float zero[kMaxCluster] = {};
@@ -178,8 +178,9 @@ void branch_tasks(const Clustered& s, const T* x, const float* weights, T* const
     const int64_t b = task / s.clusters(), c = task % s.clusters() * s.cluster, channels = s.in.C - c < s.cluster ? s.in.C - c : s.cluster;
     pack(x + s.in.offset(b, c), s.in, channels, plane);
     for (int64_t m = 0; m < s.M; ++m) {
-      float* const mean = moments + (b * 2 * s.M + m) * s.channels() + c;
-      convolve(s, m, plane, weights + (m * s.channels() + c) * s.row(), zero, block, RowMoments{mean, mean + s.M * s.channels()});
+      float* const centre = moments + (b * 2 * s.M + m) * s.channels() + c;
+      const RowMoments row_moments{centre, centre + s.M * s.channels(), missed + (b * s.M + m) * s.channels() + c};
+      convolve(s, m, plane, weights + (m * s.channels() + c) * s.row(), zero, block, row_moments);
       unpack(block, s.cluster, ys[m] + s.out.offset(b, c), s.out, channels);
     }
   }
@@ -378,19 +379,19 @@ template <class T> static Tensor packed_weights(const Clustered& s, TensorList w
 
 void branch_direct(const Convolutions& convolutions, const Tensor& x, TensorList weights, TensorList ys, const Tensor& mean, const Tensor& var) {
   const Clustered s = clustered(convolutions);
-  const Tensor moments = at::empty({s.B, 2, s.M, s.channels()}, at::kFloat);
+  const Tensor moments = at::empty({s.B, 2, s.M, s.channels()}, at::kFloat), missed = at::empty({s.B, s.M, s.channels()}, at::kFloat);
   dispatch_convolution(x.scalar_type(), [&]<class T>() {
     const Tensor packed = packed_weights<T>(s, weights, nullptr);
     c10::SmallVector<T*, 4> out;
     for (const auto& y : ys) out.push_back(y.data_ptr<T>());
     const auto kernel = SK_PICK(branch_tasks<T>);
     parallel_tasks(s.B * s.clusters(), s.input_plane(nullptr).size() + s.out.pixels() * s.cluster, [&](float* scratch, int64_t first, int64_t last) {
-      kernel(s, x.const_data_ptr<T>(), packed.const_data_ptr<float>(), out.data(), scratch, moments.data_ptr<float>(), first, last);
+      kernel(s, x.const_data_ptr<T>(), packed.const_data_ptr<float>(), out.data(), scratch, moments.data_ptr<float>(), missed.data_ptr<float>(), first, last);
     });
   });
   const Tensor padded = at::empty({2, s.M, s.channels()}, at::kFloat);
   float* const joined = padded.data_ptr<float>();
-  join_moments(moments.const_data_ptr<float>(), Segments(s.out.pixels()), s.B, s.out.pixels(), s.M * s.channels(), joined, joined + s.M * s.channels());
+  join_moments(moments.const_data_ptr<float>(), missed.const_data_ptr<float>(), Segments(s.out.pixels()), s.B, s.out.pixels(), s.M * s.channels(), joined, joined + s.M * s.channels());
   mean.copy_(padded[0].narrow(1, 0, s.in.C));
   var.copy_(padded[1].narrow(1, 0, s.in.C));
 }

@@ -42,30 +42,39 @@ SK_INLINE void pool_pixels(const Branches<T>& v, int64_t m, const T* y, const T*
       if constexpr (kWeighted) prefetch_next_pixels<kN>(g + c, v.C, c);
     }
     PooledSums<T, kAct, kSums> sums[1];
-    for (int i = 0; i < kSums; ++i) sums[0].sums[i] = load(out + i * v.M * v.C + c);
     pool<T, kAct, kSums, kWeighted, true, kN, false>(v, m * v.C + c, y + c, g + c, v.C, 0, sums);
-    for (int i = 0; i < kSums; ++i) store(out + i * v.M * v.C + c, sums[0].sums[i]);
+    for (int i = 0; i < kSums; ++i) {
+      A* const total = out + i * v.M * v.C + c;
+      store(total, load(total) + sums[0].sums[i]);
+    }
   }
   if (c < v.C) {
     const int64_t n = v.C - c;
     PooledSums<T, kAct, kSums> sums[1];
-    for (int i = 0; i < kSums; ++i) sums[0].sums[i] = load(out + i * v.M * v.C + c, n);
     pool<T, kAct, kSums, kWeighted, true, kN, true>(v, m * v.C + c, y + c, g + c, v.C, n, sums);
-    for (int i = 0; i < kSums; ++i) store(out + i * v.M * v.C + c, sums[0].sums[i], n);
+    for (int i = 0; i < kSums; ++i) {
+      A* const total = out + i * v.M * v.C + c;
+      store(total, load(total, n) + sums[0].sums[i], n);
+    }
   }
 }
 
-// Lanes are pixels: out[i][m][c] for one channel.
+// Lanes are pixels: out[i][m][c] for one channel. Summed in blocks, so that no long chain of additions rounds one way.
 template <class T, Activation kAct, int kSums, bool kWeighted>
 SK_INLINE void pool_row(const Branches<T>& v, int64_t at, const T* y, const T* g, int64_t pixels, Accumulate<T>* out) {
   using A = Accumulate<T>;
   constexpr int64_t L = kLanes<A>;
-  PooledSums<T, kAct, kSums> sums[2];
-  int64_t i = 0;
-  for (; i + 4 * L <= pixels; i += 4 * L) pool<T, kAct, kSums, kWeighted, false, 4, false>(v, at, y + i, g + i, L, 0, sums);
-  for (; i + L <= pixels; i += L) pool<T, kAct, kSums, kWeighted, false, 1, false>(v, at, y + i, g + i, L, 0, sums);
-  if (i < pixels) pool<T, kAct, kSums, kWeighted, false, 1, true>(v, at, y + i, g + i, L, pixels - i, sums);
-  for (int s = 0; s < kSums; ++s) out[s * v.M * v.C] = sum<A>(sums[0].sums[s] + sums[1].sums[s]);
+  Vec<A> total[kSums] = {};
+  for (int64_t i = 0; i < pixels;) {
+    const int64_t end = pixels - i < 64 * L ? pixels : i + 64 * L;
+    PooledSums<T, kAct, kSums> sums[2];
+    for (; i + 4 * L <= end; i += 4 * L) pool<T, kAct, kSums, kWeighted, false, 4, false>(v, at, y + i, g + i, L, 0, sums);
+    for (; i + L <= end; i += L) pool<T, kAct, kSums, kWeighted, false, 1, false>(v, at, y + i, g + i, L, 0, sums);
+    if (i < end) pool<T, kAct, kSums, kWeighted, false, 1, true>(v, at, y + i, g + i, L, end - i, sums);
+    i = end;
+    for (int s = 0; s < kSums; ++s) total[s] += sums[0].sums[s] + sums[1].sums[s];
+  }
+  for (int s = 0; s < kSums; ++s) out[s * v.M * v.C] = sum<A>(total[s]);
 }
 
 // out: (B, S, kSums, M, C). A task is a segment where lanes are channels, one channel of a segment where they are pixels.
