@@ -198,6 +198,17 @@ Convolutions check_convolutions(const Tensor& x, TensorList weights, int64_t str
   return s;
 }
 
+static std::vector<Tensor> packed_weights(const Convolutions& s, TensorList weights) {
+  std::vector<Tensor> packed;
+  dispatch_convolution(weights[0].scalar_type(), [&]<class T>() {
+    for (const auto& w : weights) {
+      packed.push_back(at::empty({w.numel()}, at::kFloat));
+      pack_weights(s, w.const_data_ptr<T>(), nullptr, packed.back().template data_ptr<float>());
+    }
+  });
+  return packed;
+}
+
 static Tensor output_like(const Convolutions& s, const Tensor& x, int64_t images) {
   return at::empty({images, s.out.C, s.out.H, s.out.W}, x.options().memory_format(layout(x)));
 }
@@ -207,7 +218,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> branch_cpu(const Tensor& x, Tens
   std::vector<Tensor> ys;
   for (int64_t m = 0; m < s.M; ++m) ys.push_back(output_like(s, x, s.B));
   if (s.winograd()) {
-    branch_winograd(s, x, winograd_weights(s, weights), ys);
+    branch_winograd(s, x, packed_weights(s, weights), ys);
     const auto [mean, var] = branch_statistics_cpu(ys);
     return {ys, mean, var};
   }
@@ -255,14 +266,14 @@ Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArra
   const int64_t images = std::clamp<int64_t>(at::get_num_threads() * kCacheBytes / (s.M * s.out.C * s.out.pixels() * 4), 1, s.B);
   if (!s.winograd()) return unit_direct(s, x, weights, images, mean, scale, bias, attention, activation, negative_slope);
   Tensor v = output_like(s, x, s.B);
-  const auto transformed = winograd_weights(s, weights);
+  const auto packed = packed_weights(s, weights);
   std::vector<Tensor> ys;
   for (int64_t m = 0; m < s.M; ++m) ys.push_back(output_like(s, x, images));
   for (int64_t image = 0; image < s.B; image += images) {
     Convolutions part = s;
     part.B = std::min(images, s.B - image);
     for (auto& y : ys) y = y.narrow(0, 0, part.B);
-    branch_winograd(part, x.narrow(0, image, part.B), transformed, ys);
+    branch_winograd(part, x.narrow(0, image, part.B), packed, ys);
     const Tensor sums = squeeze_cpu(ys, mean, scale, bias, activation, negative_slope, 1, std::nullopt);
     const Tensor a = attention(sums[0].sum(1) / static_cast<double>(s.out.pixels()));
     select_out(v.narrow(0, image, part.B), ys, mean, scale, bias, a, activation, negative_slope);

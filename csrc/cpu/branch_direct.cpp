@@ -359,21 +359,11 @@ namespace sk {
 
 static Clustered clustered(const Convolutions& s) { return {s, std::max(s.inputs, SK_PICK(lanes)())}; }
 
-// (M, C / L, inputs * 9, L), each channel times its scale.
+// (M, C / L, inputs * 9, L), each channel times its scale, if one is given.
 template <class T> static Tensor packed_weights(const Clustered& s, TensorList weights, const float* scale) {
-  const int64_t L = SK_PICK(lanes)();
   Tensor packed = at::zeros({s.M, s.channels() * s.row()}, at::kFloat);
-  float* const out = packed.data_ptr<float>();
-  at::parallel_for(0, s.M * s.channels() / L, 16, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t m = i / (s.channels() / L), c = i % (s.channels() / L) * L;
-      if (c >= s.in.C) continue;
-      float* const to = out + i * L * s.row();
-      pack_weights(weights[m].const_data_ptr<T>() + c * s.row(), std::min(L, s.in.C - c), s.row(), to);
-      for (int64_t j = 0; scale && j < s.row(); ++j)
-        for (int64_t lane = 0; lane < std::min(L, s.in.C - c); ++lane) to[j * L + lane] *= scale[m * s.in.C + c + lane];
-    }
-  });
+  for (int64_t m = 0; m < s.M; ++m)
+    pack_weights(s, weights[m].const_data_ptr<T>(), scale ? scale + m * s.in.C : nullptr, packed[m].data_ptr<float>());
   return packed;
 }
 

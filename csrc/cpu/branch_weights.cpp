@@ -4,8 +4,12 @@
 
 #include "plane.h"
 
-template <class T> void pack_rows(const T* rows, int64_t channels, int64_t row, float* out) {
-  pack(rows, Picture{channels, 1, row, false}, channels, Plane{out, row, 0, 1, 1, row, kLanes<float>});
+template <class T> void pack_rows(const T* rows, const float* scale, int64_t channels, int64_t row, float* out) {
+  constexpr int64_t L = kLanes<float>;
+  pack(rows, Picture{channels, 1, row, false}, channels, Plane{out, row, 0, 1, 1, row, L});
+  if (!scale) return;
+  const Vec<float> factor = load_some(scale, channels);
+  for (int64_t i = 0; i < row; ++i) store(out + i * L, load(out + i * L) * factor);
 }
 
 // Of `channels` input channels, at most L, the weights for every output channel, a row apart: out[(o * 9 + 8 - k) * L].
@@ -43,7 +47,14 @@ template <class T> void sum_rows(const float* partial, int64_t part_step, int64_
 
 namespace sk {
 
-template <class T> void pack_weights(const T* rows, int64_t channels, int64_t row, float* out) { SK_PICK(pack_rows<T>)(rows, channels, row, out); }
+template <class T> void pack_weights(const Convolutions& s, const T* weights, const float* scale, float* out) {
+  const int64_t L = SK_PICK(lanes)(), channels = s.groups * s.outputs;
+  const auto kernel = SK_PICK(pack_rows<T>);
+  at::parallel_for(0, (channels + L - 1) / L, grain(s.row() * L), [&](int64_t first, int64_t last) {
+    for (int64_t c = first * L; c < std::min(last * L, channels); c += L)
+      kernel(weights + c * s.row(), scale ? scale + c : nullptr, std::min(L, channels - c), s.row(), out + c * s.row());
+  });
+}
 
 template <class T> void turn_weights(const Convolutions& s, const T* weights, float* out) {
   const int64_t L = SK_PICK(lanes)();
@@ -72,7 +83,7 @@ void sum_weight_gradients(const Convolutions& s, const float* partial, int64_t p
 }
 
 #define SK_INSTANTIATE(T)                                              \
-  template void pack_weights<T>(const T*, int64_t, int64_t, float*);   \
+  template void pack_weights<T>(const Convolutions&, const T*, const float*, float*); \
   template void turn_weights<T>(const Convolutions&, const T*, float*);
 SK_INSTANTIATE(float)
 SK_INSTANTIATE(c10::BFloat16)

@@ -53,7 +53,7 @@ SK_INLINE void transform_gradients(const float* pixel, int64_t row_step, int64_t
   }
 }
 
-// G g G^T for L output channels, `step` apart at every input channel: u[position][inputs][step].
+// G g G^T for L output channels, packed side by side, to u[position][inputs][step].
 void transform_weights(const float* packed, int64_t inputs, int64_t channel_step, int64_t tap_step, float* u, int64_t step) {
   constexpr int64_t L = kLanes<float>;
   for (int64_t i = 0; i < inputs; ++i) {
@@ -164,44 +164,49 @@ template <class T, int kVecs> SK_INLINE void store_tile(const Winograd& s, const
 
 // Tasks are (some images, group, part of its output channels).
 template <class T, int kVecs>
-void convolve_tasks(const Winograd& s, const T* x, const float* u, bool add, T* out, float* scratch, int64_t first, int64_t last) {
+void convolve_tasks(const Winograd& s, const T* x, const float* packed, bool add, T* out, float* scratch, int64_t first, int64_t last) {
   constexpr int64_t L = kLanes<float>, kChunk = kVecs * L;
   const Plane plane = s.plane(scratch, s.in, s.inputs);
   float* const v = scratch + s.plane_size(s.in, s.inputs);
-  float* const m = v + 16 * s.block * s.inputs;
+  float* const u = v + 16 * s.span * s.inputs;
+  float* const m = u + 16 * s.inputs * kChunk;
   // channels_last outputs go where they belong at once.
-  float* const picture = s.out.channels_last ? nullptr : m + 16 * s.block * kChunk;
+  float* const picture = s.out.channels_last ? nullptr : m + 16 * kTilesOfProduct * kChunk;
   for (int64_t task = first; task < last; ++task) {
     const int64_t part = task % s.parts, group = task / s.parts % s.groups, image = task / s.parts / s.groups * s.images;
     const int64_t begin = s.chunk_of(part, kChunk), end = s.chunk_of(part + 1, kChunk), channels = end - begin;
-    const int64_t images = s.B - image < s.images ? s.B - image : s.images;
-    const Plane whole{picture, s.out.W, 0, 1, s.out.H, s.out.W, channels};
+    const int64_t images = s.B - image < s.images ? s.B - image : s.images, tiles = images * s.tiles;
     const int64_t out_channel = s.first_output + group * s.outputs + begin;
-    for (int64_t i = 0; add && picture && i < images; ++i) {
-      Plane of_image = whole;
-      of_image.data += i * s.out.pixels() * channels;
-      pack(out + s.out.offset(image + i, out_channel), s.out, channels, of_image);
-    }
-    const int64_t tiles = images * s.tiles;
-    for (int64_t start = 0; start < tiles; start += s.block) {
-      const int64_t count = tiles - start < s.block ? tiles - start : s.block;
+    for (int64_t i = 0; add && picture && i < images; ++i)
+      pack(out + s.out.offset(image + i, out_channel), s.out, channels,
+           Plane{picture + i * s.out.pixels() * channels, s.out.W, 0, 1, s.out.H, s.out.W, channels});
+    for (int64_t start = 0; start < tiles; start += s.span) {
+      const int64_t count = tiles - start < s.span ? tiles - start : s.span;
       for (int64_t t = 0; t < count; ++t) {
-        const int64_t b = (start + t) / s.tiles, in_image = (start + t) % s.tiles;
-        if (in_image == 0) pack(x + s.in.offset(image + b, s.first_input + group * s.inputs), s.in, s.inputs, plane);
+        const int64_t in_image = (start + t) % s.tiles;
+        if (in_image == 0) pack(x + s.in.offset(image + (start + t) / s.tiles, s.first_input + group * s.inputs), s.in, s.inputs, plane);
         const Tile& tile = s.tile[in_image];
         const float* const pixel = plane.row(tile.row - s.dilation) + (tile.column - s.dilation) * s.inputs;
-        transform_inputs(pixel, s.dilation * plane.columns * s.inputs, s.dilation * s.inputs, s.inputs, v + t * s.inputs, s.block * s.inputs);
+        transform_inputs(pixel, s.dilation * plane.columns * s.inputs, s.dilation * s.inputs, s.inputs, v + t * s.inputs, s.span * s.inputs);
       }
       for (int64_t c = begin; c < end; c += kChunk) {
-        const float* const weights = u + (group * s.outputs + c) * 16 * s.inputs;
-        for (int64_t position = 0; position < 16; ++position)
-          for (int64_t t = 0; t < count; t += kRows)
-            multiply<kRows, kVecs>(v + (position * s.block + t) * s.inputs, weights + position * s.inputs * kChunk, s.inputs, m + (position * s.block + t) * kChunk);
-        for (int64_t t = 0; t < count; ++t) {
-          const int64_t b = (start + t) / s.tiles;
-          const Tile& tile = s.tile[(start + t) % s.tiles];
-          if (picture) store_tile<float, kVecs>(s, tile, add, m + t * kChunk, s.block * kChunk, picture + b * s.out.pixels() * channels + c - begin, channels);
-          else store_tile<T, kVecs>(s, tile, add, m + t * kChunk, s.block * kChunk, out + s.out.offset(image + b, s.first_output + group * s.outputs + c), s.out.C);
+        for (int j = 0; j < kVecs; ++j)
+          transform_weights(packed + (group * s.outputs + c + j * L) * s.inputs * 9, s.inputs, s.channel_step, s.tap_step, u + j * L, kChunk);
+        for (int64_t from = 0; from < count; from += kTilesOfProduct) {
+          const int64_t to = from + kTilesOfProduct < count ? from + kTilesOfProduct : count;
+          for (int64_t position = 0; position < 16; ++position)
+            for (int64_t t = from; t < to; t += kRows)
+              multiply<kRows, kVecs>(v + (position * s.span + t) * s.inputs, u + position * s.inputs * kChunk, s.inputs,
+                                     m + (position * kTilesOfProduct + t - from) * kChunk);
+          for (int64_t t = from; t < to; ++t) {
+            const int64_t b = (start + t) / s.tiles;
+            const Tile& tile = s.tile[(start + t) % s.tiles];
+            const float* const product = m + (t - from) * kChunk;
+            if (picture)
+              store_tile<float, kVecs>(s, tile, add, product, kTilesOfProduct * kChunk, picture + b * s.out.pixels() * channels + c - begin, channels);
+            else
+              store_tile<T, kVecs>(s, tile, add, product, kTilesOfProduct * kChunk, out + s.out.offset(image + b, out_channel - begin + c), s.out.C);
+          }
         }
       }
     }
@@ -210,21 +215,22 @@ void convolve_tasks(const Winograd& s, const T* x, const float* u, bool add, T* 
   }
 }
 
-// Tasks are (part of the batch, group, kVecs * L of its output channels). dweights is (parts, groups * outputs / L, inputs * 9, L).
+// Tasks are (part of the batch, group, kVecs * L of its output channels). If there is one part its sums are the gradient;
+// else they go to partial (parts, groups * outputs / L, inputs * 9, L).
 template <class T, int kVecs>
-void weight_gradient_tasks(const Winograd& s, const T* x, const T* dy, float* dweights, float* scratch, int64_t first, int64_t last) {
+void weight_gradient_tasks(const Winograd& s, const T* x, const T* dy, float* partial, T* dweight, float* scratch, int64_t first, int64_t last) {
   constexpr int64_t L = kLanes<float>, kChunk = kVecs * L;
   const Plane inputs = s.plane(scratch, s.in, s.inputs), gradients = s.plane(scratch + s.plane_size(s.in, s.inputs), s.out, kChunk);
   float* const v = scratch + s.plane_size(s.in, s.inputs) + s.plane_size(s.out, kChunk);
-  float* const d = v + 16 * s.block * s.inputs;
-  float* const du = d + 16 * s.block * kChunk;
+  float* const d = v + 16 * s.span * s.inputs;
+  float* const du = d + 16 * s.span * kChunk;
   const int64_t chunks = s.outputs / kChunk;
   for (int64_t task = first; task < last; ++task) {
     const int64_t channel = task % (s.groups * chunks) * kChunk, part = task / (s.groups * chunks), group = channel / s.outputs;
     std::memset(du, 0, 16 * s.inputs * kChunk * sizeof(float));
     const int64_t begin = part * s.B / s.parts, tiles = ((part + 1) * s.B / s.parts - begin) * s.tiles;
-    for (int64_t start = 0; start < tiles; start += s.block) {
-      const int64_t count = tiles - start < s.block ? tiles - start : s.block;
+    for (int64_t start = 0; start < tiles; start += s.span) {
+      const int64_t count = tiles - start < s.span ? tiles - start : s.span;
       for (int64_t t = 0; t < count; ++t) {
         const int64_t b = begin + (start + t) / s.tiles, in_image = (start + t) % s.tiles;
         if (in_image == 0) {
@@ -233,15 +239,20 @@ void weight_gradient_tasks(const Winograd& s, const T* x, const T* dy, float* dw
         }
         const Tile& tile = s.tile[in_image];
         const int64_t rows = s.dilation * inputs.columns, columns = s.dilation;
-        transform_inputs(inputs.row(tile.row - columns) + (tile.column - columns) * s.inputs, rows * s.inputs, columns * s.inputs, s.inputs, v + t * s.inputs, s.block * s.inputs);
-        transform_gradients(gradients.row(tile.row) + tile.column * kChunk, rows * kChunk, columns * kChunk, kChunk, d + t * kChunk, s.block * kChunk);
+        transform_inputs(inputs.row(tile.row - columns) + (tile.column - columns) * s.inputs, rows * s.inputs, columns * s.inputs, s.inputs, v + t * s.inputs, s.span * s.inputs);
+        transform_gradients(gradients.row(tile.row) + tile.column * kChunk, rows * kChunk, columns * kChunk, kChunk, d + t * kChunk, s.span * kChunk);
       }
       for (int64_t position = 0; position < 16; ++position)
         for (int64_t i = 0; i < s.inputs; i += kRows)
-          multiply_transposed<kRows, kVecs>(v + position * s.block * s.inputs + i, d + position * s.block * kChunk, count, s.inputs, du + (position * s.inputs + i) * kChunk);
+          multiply_transposed<kRows, kVecs>(v + position * s.span * s.inputs + i, d + position * s.span * kChunk, count, s.inputs, du + (position * s.inputs + i) * kChunk);
     }
-    for (int j = 0; j < kVecs; ++j)
-      transform_weight_gradients(du + j * L, s.inputs, kChunk, dweights + (part * s.groups * s.outputs + channel + j * L) * s.inputs * 9);
+    const int64_t row = s.inputs * 9;
+    for (int j = 0; j < kVecs; ++j) {
+      // The transformed inputs have done their service.
+      float* const sums = s.parts == 1 ? v : partial + (part * s.groups * s.outputs + channel + j * L) * row;
+      transform_weight_gradients(du + j * L, s.inputs, kChunk, sums);
+      if (s.parts == 1) unpack(sums, L, dweight + (channel + j * L) * row, Picture{L, 1, row, false}, L);
+    }
   }
 }
 
@@ -256,6 +267,9 @@ struct Tile {
   int32_t row, column;
 };
 
+// Tiles that are multiplied by some output channels' weights before these outputs are made.
+constexpr int64_t kTilesOfProduct = 64;
+
 // One convolution of stride 1, and how it is cut into tasks.
 struct Winograd {
   Picture in, out;
@@ -263,8 +277,10 @@ struct Winograd {
   // Tiles of an image.
   const Tile* tile;
   int64_t tiles;
-  // Tiles that are multiplied at a time; images of a task; parts of the output channels, or of the batch.
-  int64_t block, images, parts;
+  // Tiles that are transformed at a time; images of a task; parts of the output channels, or of the batch.
+  int64_t span, images, parts;
+  // What transform_weights reads.
+  int64_t channel_step, tap_step;
 
   // Tiles may begin before the picture by one step and end up to two after it.
   int64_t plane_columns(const Picture& p) const { return p.W + 3 * dilation; }
@@ -292,73 +308,42 @@ static std::vector<Tile> tiles_of(const Picture& p, int64_t dilation) {
   return tiles;
 }
 
-// Images are taken together until this many tiles share the weights.
-constexpr int64_t kTilesOfTask = 64;
+// The transform of weights is worth it for this many tiles: images are taken together until they have them.
+constexpr int64_t kTilesOfWeights = 128;
 
-static Winograd winograd_of(const Convolutions& s, int64_t m, const std::vector<Tile>& tiles, bool backward) {
+static Winograd winograd_of(const Convolutions& s, int64_t m, const std::vector<Tile>& tiles) {
   Winograd w{.in = s.in, .out = s.out, .B = s.B, .groups = s.groups, .inputs = s.inputs, .outputs = s.outputs, .first_input = s.first_input(m), .first_output = 0, .dilation = s.dilation[m]};
-  if (backward) {
-    std::swap(w.in, w.out);
-    std::swap(w.inputs, w.outputs);
-    std::swap(w.first_input, w.first_output);
-  }
   w.tile = tiles.data();
-  w.tiles = std::max<int64_t>(1, tiles.size());
-  // A block's transformed inputs take 256 KiB.
-  w.block = clamp<64>(std::max<int64_t>(32, 4096 / w.inputs));
-  w.images = std::clamp<int64_t>((kTilesOfTask + w.tiles - 1) / w.tiles, 1, w.B);
+  w.tiles = tiles.size();
+  w.images = std::clamp<int64_t>((kTilesOfWeights + w.tiles - 1) / w.tiles, 1, w.B);
+  // Half a MiB of transformed inputs, unless that is too few tiles.
+  w.span = std::max<int64_t>(kTilesOfWeights, 8192 / w.inputs);
+  w.channel_step = s.channel_step;
+  w.tap_step = s.tap_step;
   return w;
 }
 
 // Channels of outputs that are multiplied at a time: two vectors where they fill them.
 static int64_t chunk_of(const Winograd& w) { return w.outputs % (2 * SK_PICK(lanes)()) == 0 ? 2 * SK_PICK(lanes)() : SK_PICK(lanes)(); }
 
-// The transformed weights, from those of L output channels side by side, as packed(channel, out) gives them.
-template <class F> static Tensor transformed_weights(const Winograd& w, int64_t channel_step, int64_t tap_step, const F& packed) {
-  const int64_t L = SK_PICK(lanes)(), chunk = chunk_of(w);
-  Tensor u = at::empty({w.groups * w.outputs * 16 * w.inputs}, at::kFloat);
-  float* const out = u.data_ptr<float>();
-  const auto kernel = SK_PICK(transform_weights);
-  parallel_tasks(w.groups * w.outputs / L, w.inputs * 9 * L, [&](float* scratch, int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t channel = i * L;
-      kernel(packed(channel, scratch), w.inputs, channel_step, tap_step, out + channel / chunk * chunk * 16 * w.inputs + channel % chunk, chunk);
-    }
-  });
-  return u;
-}
-
-template <class T> static void convolve(Winograd w, const T* x, const Tensor& u, bool add, T* out) {
+template <class T> static void convolve(Winograd w, const T* x, const Tensor& packed, bool add, T* out) {
   const int64_t L = SK_PICK(lanes)(), chunk = chunk_of(w), image_groups = (w.B + w.images - 1) / w.images;
   // Where there are too few tasks for the threads, a task has only some of the output channels.
   w.parts = std::clamp<int64_t>(4 * at::get_num_threads() / (image_groups * w.groups), 1, w.outputs / chunk);
   const int64_t most_channels = (w.outputs / chunk + w.parts - 1) / w.parts * chunk;
   const int64_t picture = w.out.channels_last ? 0 : w.images * w.out.pixels() * most_channels;
+  const int64_t scratch_size = w.plane_size(w.in, w.inputs) + 16 * (w.span * w.inputs + w.inputs * chunk + kTilesOfProduct * chunk) + picture;
   const auto kernel = chunk == L ? SK_PICK(convolve_tasks<T, 1>) : SK_PICK(convolve_tasks<T, 2>);
-  parallel_tasks(image_groups * w.groups * w.parts, w.plane_size(w.in, w.inputs) + 16 * w.block * (w.inputs + chunk) + picture, [&](float* scratch, int64_t first, int64_t last) {
-    kernel(w, x, u.const_data_ptr<float>(), add, out, scratch, first, last);
+  parallel_tasks(image_groups * w.groups * w.parts, scratch_size, [&](float* scratch, int64_t first, int64_t last) {
+    kernel(w, x, packed.const_data_ptr<float>(), add, out, scratch, first, last);
   });
 }
 
-std::vector<Tensor> winograd_weights(const Convolutions& s, TensorList weights) {
-  std::vector<Tensor> transformed;
-  dispatch_convolution(weights[0].scalar_type(), [&]<class T>() {
-    for (int64_t m = 0; m < s.M; ++m) {
-      const T* const rows = weights[m].const_data_ptr<T>();
-      transformed.push_back(transformed_weights(winograd_of(s, m, {}, false), s.channel_step, s.tap_step, [&](int64_t channel, float* scratch) {
-        pack_weights(rows + channel * s.row(), SK_PICK(lanes)(), s.row(), scratch);
-        return scratch;
-      }));
-    }
-  });
-  return transformed;
-}
-
-void branch_winograd(const Convolutions& s, const Tensor& x, TensorList transformed, TensorList ys) {
+void branch_winograd(const Convolutions& s, const Tensor& x, TensorList packed, TensorList ys) {
   dispatch_convolution(x.scalar_type(), [&]<class T>() {
     for (int64_t m = 0; m < s.M; ++m) {
       const std::vector<Tile> tiles = tiles_of(s.out, s.dilation[m]);
-      convolve(winograd_of(s, m, tiles, false), x.const_data_ptr<T>(), transformed[m], false, ys[m].data_ptr<T>());
+      convolve(winograd_of(s, m, tiles), x.const_data_ptr<T>(), packed[m], false, ys[m].data_ptr<T>());
     }
   });
 }
@@ -368,23 +353,30 @@ void branch_winograd_backward(const Convolutions& s, const Tensor& x, TensorList
   dispatch_convolution(x.scalar_type(), [&]<class T>() {
     for (int64_t m = 0; m < s.M; ++m) {
       const std::vector<Tile> tiles = tiles_of(s.out, s.dilation[m]);
-      const Winograd back = winograd_of(s, m, tiles, true);
+      Winograd w = winograd_of(s, m, tiles);
+      Winograd back = w;
+      std::swap(back.in, back.out);
+      std::swap(back.inputs, back.outputs);
+      std::swap(back.first_input, back.first_output);
+      back.span = std::max<int64_t>(kTilesOfWeights, 8192 / back.inputs);
+      back.channel_step = 9;
+      back.tap_step = 1;
       const Tensor turned = at::empty({s.branch_inputs() * s.outputs * 9}, at::kFloat);
       turn_weights(s, weights[m].const_data_ptr<T>(), turned.data_ptr<float>());
-      const Tensor u = transformed_weights(back, 9, 1, [&](int64_t channel, float*) { return turned.const_data_ptr<float>() + channel * s.outputs * 9; });
-      convolve(back, dys[m].const_data_ptr<T>(), u, m > 0 && !s.split, dx.data_ptr<T>());
+      convolve(back, dys[m].const_data_ptr<T>(), turned, m > 0 && !s.split, dx.data_ptr<T>());
 
-      Winograd w = winograd_of(s, m, tiles, false);
+      // A quarter of a MiB of transformed inputs, since their gradients are to be kept too.
+      w.span = clamp<64>(std::max<int64_t>(32, 4096 / w.inputs));
       const int64_t chunk = chunk_of(w), chunks = w.groups * w.outputs / chunk;
       // Parts of the batch are summed apart, where there are too few chunks for many threads.
       w.parts = std::clamp<int64_t>((16 + chunks - 1) / chunks, 1, s.B);
-      const Tensor partial = at::empty({w.parts, w.groups * w.outputs * s.row()}, at::kFloat);
+      const Tensor partial = at::empty({w.parts == 1 ? 0 : w.parts, w.groups * w.outputs * s.row()}, at::kFloat);
+      const int64_t scratch_size = w.plane_size(w.in, w.inputs) + w.plane_size(w.out, chunk) + 16 * (w.span * (w.inputs + chunk) + w.inputs * chunk);
       const auto kernel = chunk == L ? SK_PICK(weight_gradient_tasks<T, 1>) : SK_PICK(weight_gradient_tasks<T, 2>);
-      parallel_tasks(w.parts * chunks, w.plane_size(w.in, w.inputs) + w.plane_size(w.out, chunk) + 16 * w.block * (w.inputs + chunk) + 16 * w.inputs * chunk,
-                     [&](float* scratch, int64_t first, int64_t last) {
-                       kernel(w, x.const_data_ptr<T>(), dys[m].const_data_ptr<T>(), partial.data_ptr<float>(), scratch, first, last);
-                     });
-      sum_weight_gradients(s, partial.const_data_ptr<float>(), partial.stride(0), w.parts, dweights[m]);
+      parallel_tasks(w.parts * chunks, scratch_size, [&](float* scratch, int64_t first, int64_t last) {
+        kernel(w, x.const_data_ptr<T>(), dys[m].const_data_ptr<T>(), partial.data_ptr<float>(), dweights[m].data_ptr<T>(), scratch, first, last);
+      });
+      if (w.parts > 1) sum_weight_gradients(s, partial.const_data_ptr<float>(), partial.stride(0), w.parts, dweights[m]);
     }
   });
 }

@@ -46,8 +46,9 @@ template <class F> void parallel_tasks(int64_t tasks, int64_t scratch_size, cons
   });
 }
 
-// L channels of weights, a row each, side by side: out[element of the row][L].
-template <class T> void pack_weights(const T* rows, int64_t channels, int64_t row, float* out);
+// Weights of a branch, each output channel's times its scale, if one is given, and L of them side by side:
+// out[output channel / L][element of the row][L].
+template <class T> void pack_weights(const Convolutions& s, const T* weights, const float* scale, float* out);
 
 // Weights of a branch the other way round, for the gradient of its input: out[input channel / L][(o * 9 + k) * L], taps
 // turned by half a turn.
@@ -72,9 +73,8 @@ void branch_direct_backward(const Convolutions& s, const Tensor& g, const Tensor
 Tensor unit_direct(const Convolutions& s, const Tensor& x, TensorList weights, int64_t images, const Tensor& mean, const Tensor& scale,
                    const Tensor& bias, const Attention& attention, c10::string_view activation, double negative_slope);
 
-// Where Convolutions::winograd(), with the weights transformed first.
-std::vector<Tensor> winograd_weights(const Convolutions& s, TensorList weights);
-void branch_winograd(const Convolutions& s, const Tensor& x, TensorList transformed, TensorList ys);
+// Where Convolutions::winograd(), with packed weights.
+void branch_winograd(const Convolutions& s, const Tensor& x, TensorList packed, TensorList ys);
 void branch_winograd_backward(const Convolutions& s, const Tensor& x, TensorList weights, TensorList dys, const Tensor& dx, TensorList dweights);
 
 }  // namespace sk
