@@ -32,8 +32,15 @@ class BatchNorm(NamedTuple):
     momentum: float = 0.1
     eps: float = 1e-5
 
-    def check(self, shape: torch.Size) -> None:
-        """Raises F.batch_norm's ValueError if a batch of this shape has no variance."""
+    def check(self, name: str, shape: torch.Size, device: torch.device) -> None:
+        """Raises a ValueError if the vectors do not fit a batch of this shape; F.batch_norm's if it has no variance."""
+        length = shape[1:2]
+        for field, vector in zip(self._fields, self[:4]):
+            if vector is not None and (vector.shape != length or vector.device != device):
+                raise ValueError(f"{name}: expected {field} of shape {tuple(length)} on {device}, got {tuple(vector.shape)} on {vector.device}")
+        missing = [field for field in ("running_mean", "running_var") if getattr(self, field) is None]
+        if len(missing) == 1 or missing and not self.training:
+            raise ValueError(f"{name}: expected running statistics with training={self.training}, got None for {', '.join(missing)}")
         if self.training and shape.numel() == shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
 
@@ -152,8 +159,9 @@ def _unit(tensors, convolution, shape, norms, fc_reduce, attn_norm, fc_select, a
     the weights."""
     first = tensors[0]
     B, C, H, W = shape
-    norms[0].check(shape)
-    attn_norm.check(torch.Size((B, fc_reduce.shape[0], 1, 1)))
+    for norm in norms:
+        norm.check("norms", shape, first.device)
+    attn_norm.check("attn_norm", torch.Size((B, fc_reduce.shape[0], 1, 1)), first.device)
     like = {"dtype": accumulate_dtype(first.dtype), "device": first.device}
     weight = torch.stack([_vector(norm.weight, 1.0, C, like) for norm in norms])
     bias = torch.stack([_vector(norm.bias, 0.0, C, like) for norm in norms])
@@ -197,7 +205,7 @@ def attend(s: Tensor, fc_reduce: Tensor, attn_norm: BatchNorm, fc_select: Tensor
     if s.dim() != 2:
         raise ValueError(f"s: expected shape (B, C), got {tuple(s.shape)}")
     _check_attention(s, s.shape[1], fc_reduce, fc_select)
-    attn_norm.check(torch.Size((s.shape[0], fc_reduce.shape[0], 1, 1)))
+    attn_norm.check("attn_norm", torch.Size((s.shape[0], fc_reduce.shape[0], 1, 1)), s.device)
     like = {"dtype": accumulate_dtype(s.dtype), "device": s.device}
     attn = _attention(like, fc_reduce, attn_norm, fc_select)
     a, mean, var = _apply(_Attend, backends.choose([s]), s.to(**like).contiguous(), *attn)

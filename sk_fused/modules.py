@@ -136,7 +136,7 @@ class FusedSelectiveKernel(nn.Module):
             if reason:
                 warn_once(f"sk_fused runs a SelectiveKernel unfused: {reason}")
             u = torch.stack([path(x_m) for path, x_m in zip(self.paths, xs)], 1)
-            return (u * self.attn(u)).sum(1)
+            return (u * self.attn(u)).sum(1).to(u.dtype)
         attn, attn_norm = self.attn, _batch_norm(self.attn.bn)
         reason = self._why_not_branches()
         if reason:
@@ -207,15 +207,11 @@ class FusedSelectiveKernel(nn.Module):
     def _check(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x: expected shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
-        weight = next(self.paths[0].parameters(), None)
-        if weight is None:
-            return
-        if x.device != weight.device:
-            raise ValueError(f"x: expected a tensor on {weight.device}, the device of the weights, got one on {x.device}")
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"x: expected {weight.dtype}, the dtype of the weights, got {x.dtype}")
+        _check_like_weights(x, self.paths[0])
+        # A branch's batch-norm must not count a batch that the attention's will refuse.
+        bn = getattr(self.attn, "bn", None)
+        if x.shape[0] == 1 and isinstance(bn, nn.BatchNorm2d):
+            _batch_norm(bn).check("attn.bn", torch.Size((1, bn.num_features, 1, 1)), x.device)
 
 
 class FusedSelectiveKernelAttn(nn.Module):
@@ -263,13 +259,15 @@ class FusedSelectiveKernelAttn(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 5 or x.shape[1] != self.num_paths:
             raise ValueError(f"x: expected shape (B, {self.num_paths}, C, H, W), got {tuple(x.shape)}")
+        _check_like_weights(x, self.fc_reduce)
         s = x.sum(1).mean((2, 3))
         reason = self.why_not()
         if reason or x.shape[0] == 0:
             if reason:
-                warn_once(f"sk_fused runs a SelectiveKernelAttn unfused: {reason}")
+                # The same sentence as the unit's, which may just have said it.
+                warn_once(f"sk_fused runs a SelectiveKernel unfused: {reason}")
             logits = self.fc_select(self.act(self.bn(self.fc_reduce(s[..., None, None]))))
-            return logits.view(x.shape[0], self.num_paths, -1, 1, 1).softmax(1)
+            return logits.unflatten(1, (self.num_paths, -1)).softmax(1)
         a = functional.attend(s, self.fc_reduce.weight, _batch_norm(self.bn), self.fc_select.weight)
         _count_batch(self.bn)
         return a[..., None, None]
@@ -339,6 +337,19 @@ _CACHE_BYTES = 4 << 20
 _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu", nn.Identity: "identity"}
 
 
+def _check_like_weights(x: Tensor, layer: nn.Module) -> None:
+    """Raises if x has not the device and, outside autocast, the dtype of the layer's weights."""
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
+    weight = next(layer.parameters(), None)
+    if weight is None:
+        return
+    if x.device != weight.device:
+        raise ValueError(f"x: expected a tensor on {weight.device}, the device of the weights, got one on {x.device}")
+    if x.dtype != weight.dtype and not (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)):
+        raise TypeError(f"x: expected {weight.dtype}, the dtype of the weights, got {x.dtype}")
+
+
 def _activation(act: nn.Module) -> tuple[str, float]:
     """Its name in `functional` and its negative slope."""
     return _ACTIVATIONS[type(act)], getattr(act, "negative_slope", 0.0)
@@ -350,7 +361,8 @@ def _batch_norm(bn: nn.BatchNorm2d) -> functional.BatchNorm:
     tracked = not bn.training or bn.track_running_stats
     momentum = bn.momentum
     if momentum is None:
-        momentum = 1.0 / float(bn.num_batches_tracked + 1) if bn.training and bn.track_running_stats else 0.0
+        counts = bn.training and bn.track_running_stats and bn.num_batches_tracked is not None
+        momentum = 1.0 / float(bn.num_batches_tracked + 1) if counts else 0.0
     mean, var = (bn.running_mean, bn.running_var) if tracked else (None, None)
     return functional.BatchNorm(bn.weight, bn.bias, mean, var, training, momentum, bn.eps)
 
@@ -368,9 +380,9 @@ def _identity(us: Sequence[Tensor]) -> list[functional.BatchNorm]:
 
 
 def _hooked(*modules: nn.Module) -> bool:
-    """Whether somebody listens to modules that the fused road does not call."""
+    """Whether somebody listens to modules that the fused road does not call, or has replaced the forward of one."""
     for module in modules:
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return True
     return False
 

@@ -12,7 +12,15 @@ harness.let_timm_import()
 
 from sk_fused import backends  # noqa: E402
 
-torch.set_num_threads(2)
+# For small tensors a second thread only waits. What is to be tested with two says so.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

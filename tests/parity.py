@@ -91,16 +91,26 @@ def assert_parity(
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> None:
     """Trains both on the batches `xs` (buffers go on from step to step) and holds output, input gradient, parameter
-    gradients and buffers of all steps to the rule. `gradient` makes the gradient of the output; None: a sum's."""
-    dtype = xs[0].dtype
+    gradients and buffers of all steps to the rule; timm's error is the larger of its two layouts'. `gradient` makes the
+    gradient of the output; None: a sum's."""
+    dtype, precision = xs[0].dtype, precision_of(xs[0].dtype)
     exact = copy.deepcopy(theirs).double()
-    units = (ours, dtype, autocast), (copy.deepcopy(theirs).to(precision_of(dtype)), precision_of(dtype), autocast), (exact, torch.float64, nullcontext)
-    steps: list[list[dict[str, Tensor]]] = [[], [], []]
+    rounded = [copy.deepcopy(theirs).to(precision) for _ in LAYOUTS]
+    runs = [(ours, dtype, autocast, None), *((unit, precision, autocast, layout) for unit, layout in zip(rounded, LAYOUTS.values()))]
+    runs.append((exact, torch.float64, nullcontext, None))
+    steps: list[list[dict[str, Tensor]]] = [[] for _ in runs]
     for x in xs:
         g = gradient(output_like(exact, x)) if gradient else None
-        for results, (unit, unit_dtype, context) in zip(steps, units):
-            results.append(step(unit, x.to(unit_dtype), None if g is None else g.to(unit_dtype), context()))
-    assert_all_within(*({name: torch.cat([result[name].flatten() for result in results]) for name in results[0]} for results in steps))
+        for results, (unit, unit_dtype, context, layout) in zip(steps, runs):
+            unit_x = x.to(unit_dtype) if layout is None else x.to(dtype=unit_dtype, memory_format=layout)
+            results.append(step(unit, unit_x, None if g is None else g.to(unit_dtype), context()))
+    pooled = [{name: torch.cat([result[name].flatten() for result in results]) for name in results[0]} for results in steps]
+    assert_all_within(pooled[0], worse(*pooled[1:]), pooled[-1])
+
+
+def worse(contiguous: Mapping[str, Tensor], channels_last: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of two runs, tensor by tensor the one with the larger error: an error is one draw of chance, and two are known better."""
+    return {name: max(contiguous[name], channels_last[name], key=lambda value: harness.error(value, right)) for name, right in exact.items()}
 
 
 def assert_all_within(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> None:

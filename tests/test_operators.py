@@ -158,6 +158,7 @@ def test_variance_where_the_mean_is_far_larger(shape: tuple, layout: str, mean: 
     torch.testing.assert_close(ours[1].double(), exact[1], rtol=8 * eps, atol=0)
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_runs_and_threads_agree_to_the_bit(name: str, layout: str):
@@ -165,10 +166,7 @@ def test_runs_and_threads_agree_to_the_bit(name: str, layout: str):
     operator = getattr(native, name)
     first, second = flat(operator(*arguments)), flat(operator(*arguments))
     torch.set_num_threads(1)
-    try:
-        alone = flat(operator(*arguments))
-    finally:
-        torch.set_num_threads(2)
+    alone = flat(operator(*arguments))
     for a, b, c in zip(first, second, alone, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
 

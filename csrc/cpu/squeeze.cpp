@@ -136,12 +136,14 @@ Tensor squeeze_cpu(TensorList ys, const Tensor& mean, const Tensor& scale, const
     const int64_t channels = v.channels_last ? 1 : C;
     at::parallel_for(0, B * segments.per_image * channels, grain(M * std::min(v.HW, segments.pixels) * C / channels),
                      [&](int64_t first, int64_t last) { kernel(v, weight, segments, part, first, last); });
-    for (int64_t segment = 0; segment < B * segments.per_image; ++segment)
-      for (int64_t i = 0; i < sums; ++i) {
-        A* const to = total + (i * B + segment / segments.per_image) * M * C;
-        const A* const from = part + (segment * sums + i) * M * C;
-        for (int64_t c = 0; c < M * C; ++c) to[c] += from[c];
-      }
+    at::parallel_for(0, B, grain(segments.per_image * sums * M * C), [&](int64_t first, int64_t last) {
+      for (int64_t segment = first * segments.per_image; segment < last * segments.per_image; ++segment)
+        for (int64_t i = 0; i < sums; ++i) {
+          A* const to = total + (i * B + segment / segments.per_image) * M * C;
+          const A* const from = part + (segment * sums + i) * M * C;
+          for (int64_t c = 0; c < M * C; ++c) to[c] += from[c];
+        }
+    });
   });
   return out;
 }

@@ -16,7 +16,8 @@ branches, `x`, `weights`, `g` and `v` are float32, or float64 for float64 branch
     select_backward  dy_m = scale_m·act'(z_m)·(a_m·g + t) − p_m − (y_m − mean_m)·q_m
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +121,21 @@ def squeeze(ys, mean, scale, bias, activation: str, negative_slope: float, sums:
     return torch.stack(pooled, 2)
 
 
+def _without_autocast(function: Callable) -> Callable:
+    """Autocast would take the matrix products to half precision."""
+
+    @functools.wraps(function)
+    def run(*args):
+        device = args[0].device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return function(*args)
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return run
+
+
+@_without_autocast
 def attend(s, fc_reduce, weight, bias, mean, var, eps: float, fc_select) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """a, the reduced descriptor (B, D) before its batch-norm, and the mean and variance (D,) used: the batch's if none are given."""
     reduced = s @ fc_reduce.t()
@@ -132,6 +148,7 @@ def attend(s, fc_reduce, weight, bias, mean, var, eps: float, fc_select) -> tupl
     return a, reduced, mean, var
 
 
+@_without_autocast
 def attend_backward(da, a, s, reduced, fc_reduce, weight, bias, mean, var, eps: float, training: bool, fc_select):
     """The gradients of s, fc_reduce, weight, bias and fc_select."""
     dlogits = (a * (da - (a * da).sum(1, keepdim=True))).flatten(1)
