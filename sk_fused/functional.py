@@ -151,7 +151,9 @@ def why_not_convolved(x: Tensor, weights: Sequence[Tensor], stride: int, dilatio
 def _autocast_dtype(x: Tensor) -> torch.dtype:
     """What autocast makes of x before a convolution."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else x.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def _unit(tensors, convolution, shape, norms, fc_reduce, attn_norm, fc_select, activation, negative_slope) -> Tensor:
