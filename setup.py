@@ -17,7 +17,7 @@ def extensions() -> tuple[list, dict]:
     sources = ["csrc/library.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
     # at::parallel_for is a header and needs -fopenmp to be parallel. It is not a link flag: the runtime is the one that
     # libtorch has loaded; a second one would bring a second pool of threads.
-    flags = ["-O3", "-std=c++20", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-fvisibility=hidden", "-fopenmp"]
+    flags = ["-O3", "-g0", "-std=c++20", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-fvisibility=hidden", "-fopenmp"]
     extension = CppExtension("sk_fused._C", sources, extra_compile_args={"cxx": flags})
     return [extension], {"build_ext": BuildExtension.with_options(use_ninja=True)}
 

@@ -8,6 +8,14 @@
 
 TORCH_LIBRARY(sk_fused, m) {
   m.def("branch_statistics(Tensor[] ys) -> (Tensor mean, Tensor var)");
+  m.def("branch(Tensor x, Tensor[] weights, int stride, int[] dilations, int groups) -> (Tensor[] ys, Tensor mean, Tensor var)");
+  m.def(
+      "branch_backward(Tensor g, Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, Tensor[] ys, Tensor mean, Tensor scale,"
+      " Tensor bias, Tensor a, Tensor t, Tensor p, Tensor q, str activation, float negative_slope) -> (Tensor dx, Tensor[] dweights)");
+  m.def(
+      "unit(Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, Tensor mean, Tensor scale, Tensor bias, Tensor fc_reduce,"
+      " Tensor attn_weight, Tensor attn_bias, Tensor attn_mean, Tensor attn_var, float attn_eps, Tensor fc_select, str activation,"
+      " float negative_slope) -> Tensor");
   m.def("squeeze(Tensor[] ys, Tensor mean, Tensor scale, Tensor bias, str activation, float negative_slope, int sums, Tensor? g=None) -> Tensor");
   m.def(
       "attend(Tensor s, Tensor fc_reduce, Tensor weight, Tensor bias, Tensor? mean, Tensor? var, float eps, Tensor fc_select)"
@@ -23,6 +31,9 @@ TORCH_LIBRARY(sk_fused, m) {
 
 TORCH_LIBRARY_IMPL(sk_fused, CPU, m) {
   m.impl("branch_statistics", sk::branch_statistics_cpu);
+  m.impl("branch", sk::branch_cpu);
+  m.impl("branch_backward", sk::branch_backward_cpu);
+  m.impl("unit", sk::unit_cpu);
   m.impl("squeeze", sk::squeeze_cpu);
   m.impl("attend", sk::attend_cpu);
   m.impl("attend_backward", sk::attend_backward_cpu);

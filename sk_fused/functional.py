@@ -1,4 +1,4 @@
-"""The differentiable Selective Kernel unit: from the branches' convolutions to the output, forward and backward.
+"""The differentiable Selective Kernel unit, forward and backward: from the branches, or from the input of their convolutions.
 
 Of branch-sized data the forward reads every branch once for each of: its batch statistics (in training), the squeeze,
 the select. The backward reads them twice: one reducing pass, one writing pass. The branches y_m are all it keeps.
@@ -95,12 +95,75 @@ def selective_kernel(
         TypeError: the branches are not of one floating-point dtype.
     """
     _check(branches, norms, fc_reduce, fc_select, activation)
-    first = branches[0]
-    B, C, H, W = first.shape
+    return _unit(branches, None, branches[0].shape, norms, fc_reduce, attn_norm, fc_select, activation, negative_slope)
+
+
+def convolved_selective_kernel(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    stride: int,
+    dilations: Sequence[int],
+    groups: int,
+    norms: Sequence[BatchNorm],
+    fc_reduce: Tensor,
+    attn_norm: BatchNorm,
+    fc_select: Tensor,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """`selective_kernel` of the convolutions y_m = w_m ∗ x_m, 3 × 3, padded by their dilation, which are the package's own.
+
+    x_m is x, or, if x has M times the channels that a weight takes, the m-th part of its channels, read where it is. In eval
+    without gradients the whole unit is one operator, and the branches do not leave the cache. `why_not_convolved` says
+    which convolutions are not taken.
+
+    Args:
+        x: (B, C', H, W), contiguous or channels_last, else brought to contiguous.
+        weights: M weights (C, inputs, 3, 3), with C' = groups · inputs, or M times that.
+        stride: of all branches.
+        dilations: one for each branch.
+        groups: of all branches.
+        norms, fc_reduce, attn_norm, fc_select, activation, negative_slope: as for `selective_kernel`.
+
+    Returns:
+        v, (B, C, ⌈H/stride⌉, ⌈W/stride⌉), in the layout of x; under autocast in its dtype.
+
+    Raises:
+        ValueError, TypeError: as `selective_kernel`; ValueError also for convolutions that are not taken.
+    """
+    dtype = _autocast_dtype(x)
+    x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+    reason = why_not_convolved(x, weights, stride, dilations, groups)
+    if reason:
+        raise ValueError(f"weights: {reason}")
+    B, _, H, W = x.shape
+    shape = torch.Size((B, weights[0].shape[0], (H - 1) // stride + 1, (W - 1) // stride + 1))
+    _check_unit(x, shape, len(weights), norms, fc_reduce, fc_select, activation)
+    convolution = stride, list(dilations), groups
+    return _unit([x, *weights], convolution, shape, norms, fc_reduce, attn_norm, fc_select, activation, negative_slope)
+
+
+def why_not_convolved(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int) -> str | None:
+    """The reason why `convolved_selective_kernel` does not take these in the backend in use, or None."""
+    return backends.choose([x]).why_not_convolve(x.shape, _autocast_dtype(x), [w.shape for w in weights], stride, dilations, groups)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """What autocast makes of x before a convolution."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _unit(tensors, convolution, shape, norms, fc_reduce, attn_norm, fc_select, activation, negative_slope) -> Tensor:
+    """Of branches of this shape: the `tensors`, or, with a convolution (stride, dilations, groups), made from these: x and
+    the weights."""
+    first = tensors[0]
+    B, C, H, W = shape
     for norm in norms:
-        norm.check("norms", first.shape, first.device)
+        norm.check("norms", shape, first.device)
     attn_norm.check("attn_norm", torch.Size((B, fc_reduce.shape[0], 1, 1)), first.device)
-    backend = backends.choose(branches)
     like = {"dtype": accumulate_dtype(first.dtype), "device": first.device}
     weight = torch.stack([_vector(norm.weight, 1.0, C, like) for norm in norms])
     bias = torch.stack([_vector(norm.bias, 0.0, C, like) for norm in norms])
@@ -109,7 +172,16 @@ def selective_kernel(
         statistics = (torch.stack([vector.to(**like) for vector in vectors]) for vectors in zip(*(norm[2:4] for norm in norms)))
     attn = _attention(like, fc_reduce, attn_norm, fc_select)
     v, mean, var, attn_mean, attn_var = _apply(
-        _SelectiveKernel, backend, (activation, float(negative_slope)), norms[0].eps, *statistics, weight, bias, *attn, *branches
+        _SelectiveKernel,
+        backends.choose([first]),
+        convolution,
+        (activation, float(negative_slope)),
+        norms[0].eps,
+        *statistics,
+        weight,
+        bias,
+        *attn,
+        *tensors,
     )
     if norms[0].training:
         for norm, branch_mean, branch_var in zip(norms, mean, var):
@@ -162,12 +234,24 @@ def _apply(function: type[torch.autograd.Function], *args):
 
 class _SelectiveKernel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, act, eps, mean, var, weight, bias, reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, select, *ys):
+    def forward(
+        ctx, backend, convolution, act, eps, mean, var, weight, bias, reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, select, *tensors
+    ):
         needs_grad = ctx is not None and any(ctx.needs_input_grad)
         training, attn_training = mean is None, attn_mean is None
-        layout = _layout(ys[0])
-        ys = [y.contiguous(memory_format=layout) for y in ys]
-        if training:
+        layout = _layout(tensors[0])
+        ys = [y.contiguous(memory_format=layout) for y in tensors[: None if convolution is None else 1]]
+        if convolution is not None:
+            weight_layout = _layout(tensors[1])
+            operands = ys[0], [w.contiguous(memory_format=weight_layout) for w in tensors[1:]], *convolution
+            if ctx is None and not training and not attn_training:
+                scale = weight * torch.rsqrt(var + eps)
+                attn = reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, select
+                return backend.unit(*operands, mean, scale, bias, *attn, *act), mean, var, attn_mean, attn_var
+            ys, batch_mean, batch_var = backend.branch(*operands)
+            if training:
+                mean, var = batch_mean, batch_var
+        elif training:
             mean, var = backend.branch_statistics(ys)
         r = torch.rsqrt(var + eps)
         scale = weight * r
@@ -180,8 +264,9 @@ class _SelectiveKernel(torch.autograd.Function):
             return v, mean, var, attn_mean, attn_var
         if needs_grad:
             attn = reduce, attn_weight, attn_bias, attn_mean, attn_var, select
-            ctx.save_for_backward(mean, r, scale, bias, sums[1:].clone(), s, a, reduced, *attn, *ys)
-            ctx.backend, ctx.act, ctx.attn_eps, ctx.M, ctx.layout = backend, act, attn_eps, len(ys), layout
+            inputs = () if convolution is None else (operands[0], *operands[1])
+            ctx.save_for_backward(mean, r, scale, bias, sums[1:].clone(), s, a, reduced, *attn, *inputs, *ys)
+            ctx.backend, ctx.convolution, ctx.act, ctx.attn_eps, ctx.M, ctx.layout = backend, convolution, act, attn_eps, len(ys), layout
             ctx.training, ctx.attn_training = training, attn_training
         ctx.mark_non_differentiable(mean, var, attn_mean, attn_var)
         ctx.set_materialize_grads(False)
@@ -191,10 +276,10 @@ class _SelectiveKernel(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, *_):
         if g is None:
-            return (None,) * (14 + ctx.M)
-        mean, r, scale, bias, K, s, a, reduced, *attn = ctx.saved_tensors[: -ctx.M]
+            return (None,) * len(ctx.needs_input_grad)
+        mean, r, scale, bias, K, s, a, reduced, *attn = ctx.saved_tensors[: 14]
         reduce, attn_weight, attn_bias, attn_mean, attn_var, select = attn
-        ys = list(ctx.saved_tensors[-ctx.M :])
+        inputs, ys = ctx.saved_tensors[14 : -ctx.M], list(ctx.saved_tensors[-ctx.M :])
         backend, pixels = ctx.backend, ys[0].shape[2] * ys[0].shape[3]
         g = g.contiguous(memory_format=ctx.layout)
 
@@ -208,14 +293,19 @@ class _SelectiveKernel(torch.autograd.Function):
         dbias, dscale = (a * R[1:] + t[:, None] * K).sum(1)
 
         # The writing pass.
-        dys = [None] * ctx.M
-        if any(ctx.needs_input_grad[-ctx.M :]):
+        dtensors = [None] * (len(ctx.needs_input_grad) - 15)
+        if any(ctx.needs_input_grad[15:]):
             p = q = torch.zeros_like(scale)
             if ctx.training:
                 count = ys[0].shape[0] * pixels
                 p, q = scale * dbias / count, scale * r * r * dscale / count
-            dys = backend.select_backward(g, ys, mean, scale, bias, a, t, p, q, *ctx.act)
-        return None, None, None, None, None, r * dscale, dbias, dreduce, dattn_weight, dattn_bias, None, None, None, dselect, *dys
+            if ctx.convolution is None:
+                dtensors = backend.select_backward(g, ys, mean, scale, bias, a, t, p, q, *ctx.act)
+            else:
+                x, *weights = inputs
+                dx, dweights = backend.branch_backward(g, x, weights, *ctx.convolution, ys, mean, scale, bias, a, t, p, q, *ctx.act)
+                dtensors = dx, *dweights
+        return None, None, None, None, None, None, r * dscale, dbias, dreduce, dattn_weight, dattn_bias, None, None, None, dselect, *dtensors
 
 
 class _Attend(torch.autograd.Function):
@@ -258,16 +348,21 @@ def _check(branches: Sequence[Tensor], norms: Sequence[BatchNorm], fc_reduce: Te
             )
         if y.dtype != first.dtype:
             raise TypeError(f"branches: expected one dtype, got {first.dtype} and {y.dtype}")
-    if first.numel() == 0:
-        raise ValueError(f"branches: expected at least one value, got shape {tuple(first.shape)}")
-    if len(norms) != len(branches):
-        raise ValueError(f"norms: expected one for each of the {len(branches)} branches, got {len(norms)}")
+    _check_unit(first, first.shape, len(branches), norms, fc_reduce, fc_select, activation)
+
+
+def _check_unit(like: Tensor, shape: torch.Size, M: int, norms: Sequence[BatchNorm], fc_reduce: Tensor, fc_select: Tensor, activation: str) -> None:
+    """Of M branches of this shape, on the device of `like`."""
+    if shape.numel() == 0:
+        raise ValueError(f"branches: expected at least one value, got shape {tuple(shape)}")
+    if len(norms) != M:
+        raise ValueError(f"norms: expected one for each of the {M} branches, got {len(norms)}")
     reason = why_not_together(norms)
     if reason:
         raise ValueError(f"norms: {reason}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    _check_attention(first, first.shape[1], fc_reduce, fc_select, len(branches))
+    _check_attention(like, shape[1], fc_reduce, fc_select, M)
 
 
 def _check_attention(like: Tensor, C: int, fc_reduce: Tensor, fc_select: Tensor, M: int | None = None) -> None:

@@ -147,6 +147,15 @@ class FusedSelectiveKernel(nn.Module):
             return v
         norms = [_batch_norm(path.bn) for path in self.paths]
         activation = _activation(self.paths[0].bn.act)
+        convs = [path.conv for path in self.paths]
+        weights = [conv.weight for conv in convs]
+        convolution = convs[0].stride[0], [conv.dilation[0] for conv in convs], convs[0].groups
+        if self._are_plain(convs) and functional.why_not_convolved(x, weights, *convolution) is None:
+            v = functional.convolved_selective_kernel(
+                x, weights, *convolution, norms, attn.fc_reduce.weight, attn_norm, attn.fc_select.weight, *activation
+            )
+            _count_batch(attn.bn, *(path.bn for path in self.paths))
+            return v
 
         def unit(xs: Sequence[Tensor]) -> Tensor:
             ys = [path.conv(x_m) for path, x_m in zip(self.paths, xs)]
@@ -155,6 +164,19 @@ class FusedSelectiveKernel(nn.Module):
         v = self._few_at_once(unit, x, xs) if self._images_are_independent(attn_norm, *norms) else unit(xs)
         _count_batch(attn.bn, *(path.bn for path in self.paths))
         return v
+
+    def _are_plain(self, convs: Sequence[nn.Module]) -> bool:
+        """Whether these are convolutions that nobody listens to, with one stride and groups, padded by their dilation."""
+        stride, groups = convs[0].stride, convs[0].groups
+        return not _hooked(*convs) and all(
+            type(conv) is nn.Conv2d
+            and conv.bias is None
+            and conv.padding_mode == "zeros"
+            and conv.groups == groups
+            and conv.stride == stride == (stride[0],) * 2
+            and conv.padding == conv.dilation == (conv.dilation[0],) * 2
+            for conv in convs
+        )
 
     def _images_are_independent(self, *norms: functional.BatchNorm) -> bool:
         """Whether nothing looks at the batch as a whole: no batch statistics, no graph to build, no hook that counts calls."""

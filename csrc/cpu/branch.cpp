@@ -1,4 +1,4 @@
-// branch: the batch statistics of every branch's batch-norm.
+// branch: the operators that convolve, and the batch statistics of every branch's batch-norm.
 
 #ifdef SK_ISA
 
@@ -96,17 +96,15 @@ void branch_statistics_tasks(const Branches<T>& v, const Segments& segments, Acc
 
 #else
 
-#include "common.h"
-#include "operators.h"
+#include "convolutions.h"
 
 #define SK_KERNELS "branch.cpp"
 #include "foreach_isa.h"
 
 namespace sk {
 
-// The moments of all segments joined (Chan, Golub, LeVeque 1979, formula 2.1, for many parts at once).
 template <class A>
-static void join(const A* moments, const A* missed, const Segments& segments, int64_t B, int64_t HW, int64_t channels, A* mean, A* var) {
+void join_moments(const A* moments, const A* missed, const Segments& segments, int64_t B, int64_t HW, int64_t channels, A* mean, A* var) {
   const int64_t parts = B * segments.per_image;
   const double count = static_cast<double>(B) * HW;
   std::vector<double> average(channels), square(channels);
@@ -132,6 +130,9 @@ static void join(const A* moments, const A* missed, const Segments& segments, in
   }
 }
 
+template void join_moments<float>(const float*, const float*, const Segments&, int64_t, int64_t, int64_t, float*, float*);
+template void join_moments<double>(const double*, const double*, const Segments&, int64_t, int64_t, int64_t, double*, double*);
+
 std::tuple<Tensor, Tensor> branch_statistics_cpu(TensorList ys) {
   check_branches(ys);
   TORCH_CHECK_VALUE(ys[0].numel() > 0, "ys: expected at least one value per channel, got shape ", ys[0].sizes());
@@ -149,9 +150,135 @@ std::tuple<Tensor, Tensor> branch_statistics_cpu(TensorList ys) {
     const int64_t channels = v.channels_last ? 1 : C;
     at::parallel_for(0, v.B * segments.per_image * channels, grain(v.M * std::min(v.HW, segments.pixels) * C / channels),
                      [&](int64_t first, int64_t last) { kernel(v, segments, out, missed_out, first, last); });
-    join<A>(out, missed_out, segments, v.B, v.HW, M * C, mean.data_ptr<A>(), var.data_ptr<A>());
+    join_moments<A>(out, missed_out, segments, v.B, v.HW, M * C, mean.data_ptr<A>(), var.data_ptr<A>());
   });
   return {mean, var};
+}
+
+Convolutions check_convolutions(const Tensor& x, TensorList weights, int64_t stride, at::IntArrayRef dilations, int64_t groups) {
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.numel() > 0, "x: expected shape (B, C, H, W) without a 0, got ", x.sizes());
+  TORCH_CHECK_VALUE(x.device().is_cpu(), "x: expected a CPU tensor, got one on ", x.device());
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf,
+                   "x: expected float32, bfloat16 or float16, got ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.is_contiguous(layout(x)), "x: expected contiguous or channels_last, got strides ", x.strides());
+  const int64_t M = weights.size(), C = x.size(1), H = x.size(2), W = x.size(3);
+  TORCH_CHECK_VALUE(M >= 1 && M <= kMaxBranches, "weights: expected 1 to ", kMaxBranches, " branches, got ", M);
+  TORCH_CHECK_VALUE(static_cast<int64_t>(dilations.size()) == M, "dilations: expected one for each of ", M, " branches, got ", dilations.size());
+  TORCH_CHECK_VALUE(stride == 1 || stride == 2, "stride: expected 1 or 2, got ", stride);
+  TORCH_CHECK_VALUE(groups >= 1, "groups: expected at least 1, got ", groups);
+  for (int64_t m = 0; m < M; ++m) {
+    const Tensor& w = weights[m];
+    TORCH_CHECK_VALUE(w.dim() == 4 && w.sizes() == weights[0].sizes() && w.size(0) % groups == 0 && w.size(2) == 3 && w.size(3) == 3,
+                      "weights: expected all of shape (a multiple of groups = ", groups, ", inputs, 3, 3), got ", weights[0].sizes(), " and ", w.sizes());
+    TORCH_CHECK_VALUE(w.device().is_cpu(), "weights: expected CPU tensors, got one on ", w.device());
+    TORCH_CHECK_TYPE(w.scalar_type() == x.scalar_type(), "weights: expected ", x.scalar_type(), ", got ", w.scalar_type());
+    TORCH_CHECK_VALUE(w.is_contiguous(layout(weights[0])), "weights: expected all in one layout, got strides ", weights[0].strides(), " and ", w.strides());
+    TORCH_CHECK_VALUE(dilations[m] >= 1 && dilations[m] <= kMaxDilation, "dilations: expected 1 to ", kMaxDilation, ", got ", dilations[m]);
+  }
+  const int64_t inputs = weights[0].size(1), outputs = weights[0].size(0) / groups;
+  const bool split = C != inputs * groups, channels_last = !x.is_contiguous();
+  TORCH_CHECK_VALUE(!split || C == inputs * groups * M, "x: expected ", inputs * groups, " channels, or ", inputs * groups * M, " to be split, got ", C);
+  const bool weights_channels_last = layout(weights[0]) == at::MemoryFormat::ChannelsLast;
+  Convolutions s{.in = {C, H, W, channels_last},
+                 .out = {outputs * groups, (H - 1) / stride + 1, (W - 1) / stride + 1, channels_last},
+                 .B = x.size(0),
+                 .M = M,
+                 .groups = groups,
+                 .inputs = inputs,
+                 .outputs = outputs,
+                 .stride = stride,
+                 .halo = *std::max_element(dilations.begin(), dilations.end()),
+                 .split = split,
+                 .channel_step = weights_channels_last ? 1 : 9,
+                 .tap_step = weights_channels_last ? inputs : 1,
+                 .dilation = {}};
+  std::copy(dilations.begin(), dilations.end(), s.dilation);
+  TORCH_CHECK_VALUE(s.direct() || s.winograd(), "weights: expected multiples of 16 channels a group, in and out, and stride 1, or 4, 8, 16 or 32, got ",
+                    inputs, " in, ", outputs, " out, stride ", stride);
+  return s;
+}
+
+static std::vector<Tensor> packed_weights(const Convolutions& s, TensorList weights) {
+  std::vector<Tensor> packed;
+  dispatch_convolution(weights[0].scalar_type(), [&]<class T>() {
+    for (const auto& w : weights) {
+      packed.push_back(at::empty({w.numel()}, at::kFloat));
+      pack_weights(s, w.const_data_ptr<T>(), nullptr, packed.back().template data_ptr<float>());
+    }
+  });
+  return packed;
+}
+
+static Tensor output_like(const Convolutions& s, const Tensor& x, int64_t images) {
+  return at::empty({images, s.out.C, s.out.H, s.out.W}, x.options().memory_format(layout(x)));
+}
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor> branch_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArrayRef dilations, int64_t groups) {
+  const Convolutions s = check_convolutions(x, weights, stride, dilations, groups);
+  std::vector<Tensor> ys;
+  for (int64_t m = 0; m < s.M; ++m) ys.push_back(output_like(s, x, s.B));
+  if (s.winograd()) {
+    branch_winograd(s, x, packed_weights(s, weights), ys);
+    const auto [mean, var] = branch_statistics_cpu(ys);
+    return {ys, mean, var};
+  }
+  Tensor mean = at::empty({s.M, s.out.C}, at::kFloat), var = at::empty({s.M, s.out.C}, at::kFloat);
+  branch_direct(s, x, weights, ys, mean, var);
+  return {ys, mean, var};
+}
+
+std::tuple<Tensor, std::vector<Tensor>> branch_backward_cpu(const Tensor& g, const Tensor& x, TensorList weights, int64_t stride,
+                                                            at::IntArrayRef dilations, int64_t groups, TensorList ys, const Tensor& mean,
+                                                            const Tensor& scale, const Tensor& bias, const Tensor& a, const Tensor& t,
+                                                            const Tensor& p, const Tensor& q, c10::string_view activation,
+                                                            double negative_slope) {
+  const Convolutions s = check_convolutions(x, weights, stride, dilations, groups);
+  check_select_backward(g, ys, mean, scale, bias, a, t, p, q);
+  const int64_t shape[] = {s.B, s.out.C, s.out.H, s.out.W};
+  TORCH_CHECK_VALUE(ys.size() == weights.size() && ys[0].sizes() == at::IntArrayRef(shape), "ys: expected ", s.M, " branches of shape ",
+                    at::IntArrayRef(shape), ", got ", ys.size(), " of ", ys[0].sizes());
+  TORCH_CHECK_TYPE(ys[0].scalar_type() == x.scalar_type(), "ys: expected ", x.scalar_type(), ", got ", ys[0].scalar_type());
+  TORCH_CHECK_VALUE(ys[0].is_contiguous(layout(x)), "ys: expected the layout of x, got strides ", ys[0].strides());
+  Tensor dx = at::empty_like(x, layout(x));
+  std::vector<Tensor> dweights;
+  for (const auto& w : weights) dweights.push_back(at::empty_like(w, at::MemoryFormat::Contiguous));
+  if (s.winograd()) {
+    const auto dys = select_backward_cpu(g, ys, mean, scale, bias, a, t, p, q, activation, negative_slope);
+    branch_winograd_backward(s, x, weights, dys, dx, dweights);
+  } else {
+    branch_direct_backward(s, g, x, weights, ys, mean, scale, bias, a, t, p, q, activation, negative_slope, dx, dweights);
+  }
+  return {dx, dweights};
+}
+
+// Of the branches in flight, for each thread: what its share of the last-level cache holds on today's servers.
+constexpr int64_t kCacheBytes = 2 << 20;
+
+Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArrayRef dilations, int64_t groups, const Tensor& mean,
+                const Tensor& scale, const Tensor& bias, const Tensor& fc_reduce, const Tensor& attn_weight, const Tensor& attn_bias,
+                const Tensor& attn_mean, const Tensor& attn_var, double attn_eps, const Tensor& fc_select, c10::string_view activation,
+                double negative_slope) {
+  const Convolutions s = check_convolutions(x, weights, stride, dilations, groups);
+  for (const auto& [name, array] : {std::pair<const char*, const Tensor&>{"mean", mean}, {"scale", scale}, {"bias", bias}})
+    check_array(array, name, at::kFloat, {s.M, s.out.C});
+  TORCH_CHECK_VALUE(fc_select.size(0) == s.M * s.out.C, "fc_select: expected ", s.M, " * ", s.out.C, " rows, got ", fc_select.size(0));
+  const Attention attention{fc_reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, fc_select};
+  const int64_t images = std::clamp<int64_t>(at::get_num_threads() * kCacheBytes / (s.M * s.out.C * s.out.pixels() * 4), 1, s.B);
+  if (!s.winograd()) return unit_direct(s, x, weights, images, mean, scale, bias, attention, activation, negative_slope);
+  Tensor v = output_like(s, x, s.B);
+  const auto packed = packed_weights(s, weights);
+  std::vector<Tensor> ys;
+  for (int64_t m = 0; m < s.M; ++m) ys.push_back(output_like(s, x, images));
+  for (int64_t image = 0; image < s.B; image += images) {
+    Convolutions part = s;
+    part.B = std::min(images, s.B - image);
+    for (auto& y : ys) y = y.narrow(0, 0, part.B);
+    branch_winograd(part, x.narrow(0, image, part.B), packed, ys);
+    const Tensor sums = squeeze_cpu(ys, mean, scale, bias, activation, negative_slope, 1, std::nullopt);
+    const Tensor a = attention(sums[0].sum(1) / static_cast<double>(s.out.pixels()));
+    select_out(v.narrow(0, image, part.B), ys, mean, scale, bias, a, activation, negative_slope);
+  }
+  return v;
 }
 
 }  // namespace sk

@@ -69,10 +69,18 @@ constexpr int kPixelsAtOnce = 4;
 // channels_last, where one lane adds up all of a channel, it is at most `longest` pixels, for the sake of precision.
 struct Segments {
   int64_t pixels, per_image;
+  // One for each image.
+  explicit Segments(int64_t HW) : pixels(HW), per_image(1) {}
   Segments(int64_t C, int64_t HW, bool channels_last, int64_t longest = 128)
       : pixels(channels_last ? std::clamp<int64_t>(32768 / std::max<int64_t>(1, C), 1, longest) : 4096),
         per_image((HW + pixels - 1) / pixels) {}
 };
+
+// Of every segment, moments (B, per_image, 2, channels): a value near its mean, and the sum of the squares of the deviations
+// from it; missed (B, per_image, channels): the sum of these deviations. Joined to the mean and the variance of all (Chan,
+// Golub, LeVeque 1979, formula 2.1, for many parts at once). In branch.cpp.
+template <class A>
+void join_moments(const A* moments, const A* missed, const Segments& segments, int64_t B, int64_t HW, int64_t channels, A* mean, A* var);
 
 // Rows per task so that a task is worth a thread: about 32 Ki elements.
 inline int64_t grain(int64_t elements_per_row) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, elements_per_row)); }
@@ -111,6 +119,17 @@ inline void check_normalized(at::TensorList ys, const at::Tensor& mean, const at
   check_array(mean, "mean", dtype, shape);
   check_array(scale, "scale", dtype, shape);
   check_array(bias, "bias", dtype, shape);
+}
+
+inline void check_select_backward(const at::Tensor& g, at::TensorList ys, const at::Tensor& mean, const at::Tensor& scale, const at::Tensor& bias,
+                                  const at::Tensor& a, const at::Tensor& t, const at::Tensor& p, const at::Tensor& q) {
+  check_normalized(ys, mean, scale, bias);
+  check_like(g, "g", ys[0]);
+  const int64_t M = ys.size(), B = ys[0].size(0), C = ys[0].size(1);
+  check_array(a, "a", mean.scalar_type(), {B, M, C});
+  check_array(t, "t", mean.scalar_type(), {B, C});
+  check_array(p, "p", mean.scalar_type(), {M, C});
+  check_array(q, "q", mean.scalar_type(), {M, C});
 }
 
 // f.operator()<T>() for the storage type T.

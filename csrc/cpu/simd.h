@@ -15,6 +15,7 @@ template <> struct Simd<double> {
 
 template <class A> using Vec = typename Simd<A>::type;
 template <class A> constexpr int kLanes = SK_VECTOR_BYTES / sizeof(A);
+inline int64_t lanes() { return kLanes<float>; }
 
 template <class A> SK_INLINE Vec<A> splat(A value) { return value - Vec<A>{}; }
 
@@ -171,4 +172,44 @@ template <bool kChannelsLast, bool kPartial, class A> SK_INLINE Vec<A> constant(
 // bandwidth of memory. So the tile of channel c at p prefetches its share of the next kN pixels, in their order.
 template <int kN, class T> SK_INLINE void prefetch_next_pixels(const T* p, int64_t C, int64_t c) {
   for (int j = 0; j < kN; ++j) __builtin_prefetch(p + kN * C + c * (kN - 1) + j * kLanes<Accumulate<T>>);
+}
+
+// a0 b0 a1 b1 ...: the low halves of a and b, interleaved, and the high ones.
+SK_INLINE void interleave(Vec<float> a, Vec<float> b, Vec<float>& low, Vec<float>& high) {
+#if SK_VECTOR_BYTES == 64
+  const __m512i from_low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  low = _mm512_permutex2var_ps(a, from_low, b);
+  high = _mm512_permutex2var_ps(a, _mm512_add_epi32(from_low, _mm512_set1_epi32(8)), b);
+#elif SK_VECTOR_BYTES == 32
+  const __m256 x = _mm256_unpacklo_ps(a, b), y = _mm256_unpackhi_ps(a, b);
+  low = _mm256_permute2f128_ps(x, y, 0x20);
+  high = _mm256_permute2f128_ps(x, y, 0x31);
+#else
+  low = Vec<float>{a[0], b[0], a[1], b[1]};
+  high = Vec<float>{a[2], b[2], a[3], b[3]};
+#endif
+}
+
+// Rows become columns: each round shuffles the two halves of the rows into each other, and log2(lanes) rounds transpose.
+SK_INLINE void transpose(Vec<float> (&v)[kLanes<float>]) {
+  constexpr int L = kLanes<float>;
+  Vec<float> w[L];
+  for (int rows = 1; rows < L; rows *= 2) {
+    for (int i = 0; i < L / 2; ++i) interleave(v[i], v[i + L / 2], w[2 * i], w[2 * i + 1]);
+    for (int i = 0; i < L; ++i) v[i] = w[i];
+  }
+}
+
+// In every lane channel i of the lane's group of kGroup channels; p holds one pixel.
+template <int kGroup> SK_INLINE Vec<float> broadcast_in_group(const float* p, int i) {
+  if constexpr (kGroup >= kLanes<float>) return splat(p[i]);
+#if SK_VECTOR_BYTES == 64
+  else if constexpr (kGroup == 4) return _mm512_permutevar_ps(load(p), _mm512_set1_epi32(i));
+  else {
+    const __m512i first = _mm512_set_epi32(8, 8, 8, 8, 8, 8, 8, 8, 0, 0, 0, 0, 0, 0, 0, 0);
+    return _mm512_permutexvar_ps(_mm512_add_epi32(first, _mm512_set1_epi32(i)), load(p));
+  }
+#elif SK_VECTOR_BYTES == 32
+  else return _mm256_permutevar_ps(load(p), _mm256_set1_epi32(i));
+#endif
 }

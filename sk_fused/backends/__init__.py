@@ -1,5 +1,5 @@
-"""A backend is a module with the six functions of `reference` and `why_not(branches)`, the reason why it cannot take
-these branches, or None."""
+"""A backend is a module with the functions of `reference`, `why_not(branches)`, the reason why it cannot take these
+branches, or None, and `why_not_convolve(...)`, the same for the convolutions that make them."""
 
 import warnings
 from collections.abc import Sequence

@@ -1,9 +1,15 @@
-"""The six functions of a backend in plain PyTorch: their specification, and what runs where no kernel can.
+"""The functions of a backend in plain PyTorch: their specification, and what runs where no kernel can.
+
+The first three are for branches that are convolved here, w_m ∗ x_m, 3 × 3, padded by their dilation, x_m being x or the
+m-th part of its channels; the others go on from the branches.
 
 Shapes, in every backend: `ys` are the M branches (B, C, H, W), dense and in one layout; `mean`, `scale`, `bias`, `p`,
-`q` are (M, C); `a` is (B, M, C); `s` and `t` are (B, C); `fc_reduce` is (D, C), `fc_select` (M·C, D). All but the
-branches, `g` and `v` are float32, or float64 for float64 branches. With z_m = (y_m − mean_m)·scale_m + bias_m:
+`q` are (M, C); `a` is (B, M, C); `s` and `t` are (B, C); `x` is (B, C, H', W'), `weights` are M (C, inputs, 3, 3); `fc_reduce` is (D, C), `fc_select` (M·C, D). All but the
+branches, `x`, `weights`, `g` and `v` are float32, or float64 for float64 branches. With z_m = (y_m − mean_m)·scale_m + bias_m:
 
+    branch           y_m = w_m ∗ x_m, and its mean and variance over (B, H, W)
+    branch_backward  from dy_m, as select_backward gives it: dx and dw_m
+    unit             v, with given statistics
     squeeze          Σ_hw g·act(z),  Σ_hw g·act'(z),  Σ_hw g·act'(z)·(y − mean)        g = 1 if it is not given
     attend           a = softmax_m(fc_select · relu(BN(fc_reduce · s)))
     select           v = Σ_m a_m·act(z_m)
@@ -59,6 +65,43 @@ def _normalized(ys: Sequence[Tensor], mean: Tensor, scale: Tensor, bias: Tensor)
         branch_mean, branch_scale, branch_bias = map(_per_channel, arrays)
         d = y.to(mean.dtype) - branch_mean
         yield d, d * branch_scale + branch_bias
+
+
+def why_not_convolve(
+    shape: torch.Size, dtype: torch.dtype, weights: Sequence[torch.Size], stride: int, dilations: Sequence[int], groups: int
+) -> str | None:
+    """The reason why `branch`, `branch_backward` and `unit` do not take these convolutions, or None."""
+    return None
+
+
+def _convolutions(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int) -> list[Tensor]:
+    inputs = groups * weights[0].shape[1]
+    xs = [x] * len(weights) if x.shape[1] == inputs else x.split(inputs, 1)
+    return [F.conv2d(x_m, w, None, stride, d, d, groups) for x_m, w, d in zip(xs, weights, dilations, strict=True)]
+
+
+def branch(x, weights, stride: int, dilations, groups: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    ys = _convolutions(x, weights, stride, dilations, groups)
+    return ys, *branch_statistics(ys)
+
+
+def branch_backward(g, x, weights, stride: int, dilations, groups: int, ys, mean, scale, bias, a, t, p, q, activation: str, negative_slope: float):
+    """dx, and dw of every branch, in the dtype of x."""
+    dys = select_backward(g, ys, mean, scale, bias, a, t, p, q, activation, negative_slope)
+    with torch.enable_grad():
+        leaves = [leaf.detach().requires_grad_() for leaf in (x, *weights)]
+        dx, *dweights = torch.autograd.grad(_convolutions(leaves[0], leaves[1:], stride, dilations, groups), leaves, dys)
+    return dx, dweights
+
+
+def unit(
+    x, weights, stride: int, dilations, groups: int, mean, scale, bias, fc_reduce, attn_weight, attn_bias, attn_mean, attn_var,
+    attn_eps: float, fc_select, activation: str, negative_slope: float,
+) -> Tensor:  # fmt: skip
+    ys = _convolutions(x, weights, stride, dilations, groups)
+    s = squeeze(ys, mean, scale, bias, activation, negative_slope, 1)[0].sum(1) / (ys[0].shape[2] * ys[0].shape[3])
+    a = attend(s, fc_reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, fc_select)[0]
+    return select(ys, mean, scale, bias, a, activation, negative_slope)
 
 
 def branch_statistics(ys: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
