@@ -38,12 +38,12 @@ bench-all: setup $(VENV)/peers
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.cold_start
-	$(BIN)/python -m benchmarks.check --learn
+	$(BIN)/python -m benchmarks.check
 	$(BIN)/python -m benchmarks.report
 
 # What got slower since the committed results of this kind of device.
 bench-check: setup
-	$(BIN)/python -m benchmarks.check $(ARGS)
+	$(BIN)/python -m benchmarks.check --quick $(ARGS)
 
 report: setup
 	$(BIN)/python -m benchmarks.report

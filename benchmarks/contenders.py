@@ -219,8 +219,8 @@ def kept(contender: Contender, module: nn.Module, x: Tensor, settings: Settings)
         return harness.bytes_kept(lambda: call(x), module, x)
 
 
-def passes(contender: Contender, module: nn.Module, x: Tensor, g: Tensor, mode: str, settings: Settings, size: int) -> dict[str, int]:
-    """Operators called beside the convolutions, and branch-sized tensors (`size` values) that they read or wrote."""
+def passes(contender: Contender, module: nn.Module, x: Tensor, g: Tensor, mode: str, settings: Settings, size: int) -> dict[str, float]:
+    """Operators called beside the convolutions, and their passes over a branch of `size` values."""
     counted = step(contender, module, x, g, mode, settings)
     with harness.Passes(size) as counter:
         counted.run()

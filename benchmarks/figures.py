@@ -50,9 +50,9 @@ def bars(axes, groups: Sequence[str], series: Mapping[str, Sequence[float | None
     axes.set_ylim(0, 1.2 * max(1.0, top))
 
 
-def page(rows: int = 1, columns: int = 1, height: float = 4.2, width: float = 10):
+def page(rows: int = 1, columns: int = 1, height: float = 4.2, width: float = 10, width_ratios: Sequence[float] | None = None):
     """A figure and its axes, at the width that a README shows."""
-    figure, axes = pyplot.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False, width_ratios=width_ratios)
     for each in axes.flat:
         each.spines[["top", "right"]].set_visible(False)
     return figure, list(axes.flat)

@@ -152,7 +152,8 @@ def race(
     """
     record: dict[str, dict] = {side: {"layouts": {}} for side, _ in entries}
     runs, checked, failed = {}, {}, False
-    for (side, layout), entry in entries.items():
+    # The base first: the others are checked beside it.
+    for (side, layout), entry in sorted(entries.items(), key=lambda item: item[0][0] != base):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -236,35 +237,43 @@ def bytes_kept(forward: Callable[[], object], module: nn.Module, *inputs: Tensor
 
 
 class Passes(TorchDispatchMode):
-    """Counts, while it is entered, the operators called (views and the convolutions aside) and the tensors of at least
-    `size` values that they read or wrote: the passes over a branch, as the operators see them."""
+    """Counts, while it is entered, the operators called (views and the convolutions aside) and the passes over a branch, as
+    the operators see them: the values that they read or wrote, in branches of `size` values."""
 
-    IGNORED = ("convolution", "detach", "empty", "as_strided")
+    IGNORED = ("conv", "detach", "empty", "as_strided")
 
     def __init__(self, size: int):
         super().__init__()
-        self.size, self.operators, self.passes = size, 0, 0
+        self.size, self.operators, self.values = size, 0, 0
+
+    @property
+    def passes(self) -> float:
+        return round(self.values / self.size, 1)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if not function.is_view and not any(name in function.__name__ for name in self.IGNORED):
             self.operators += 1
-            tensors = torch.utils._pytree.tree_leaves((args, kwargs, result))
-            # An expanded tensor is one value in memory.
-            self.passes += sum(isinstance(t, Tensor) and t.numel() >= self.size and 0 not in t.stride() for t in tensors)
+            # copy_ does not read what it writes; an expanded tensor is not in memory.
+            read = args[1:] if function.__name__.startswith("copy_") else args
+            leaves = torch.utils._pytree.tree_leaves((read, kwargs, result))
+            self.values += sum(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor) and 0 not in leaf.stride())
         return result
 
 
-def in_new_process(module: str, *arguments: str, environment: Mapping[str, str] | None = None, prefix: Sequence[str] = ()) -> dict:
-    """Runs `python -m module arguments` and returns the JSON object in its last line of output.
+def in_new_process(function: str, *arguments: object, environment: Mapping[str, str] | None = None, prefix: Sequence[str] = ()):
+    """What `function` ("module:name", called with the arguments) returns in a Python process of its own, all as JSON has it;
+    `prefix` goes before the command.
 
     Raises:
         RuntimeError: it failed; with the last line that it said.
     """
-    command = [*prefix, sys.executable, "-W", "ignore", "-m", module, *arguments]
+    module, name = function.split(":")
+    call = f"import json, sys; from {module} import {name}; print(json.dumps({name}(*json.loads(sys.argv[1]))))"
+    command = [*prefix, sys.executable, "-W", "ignore", "-c", call, json.dumps(arguments)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, **(environment or {})})
     if done.returncode:
-        raise RuntimeError(([f"exit status {done.returncode}"] + done.stderr.strip().splitlines())[-1])
+        raise RuntimeError(f"exit status {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -5,11 +5,15 @@ import json
 import re
 from pathlib import Path
 
-from . import harness, models, units
+from . import check, cold_start, harness, memory, models, passes, scaling, units
 from .harness import REPOSITORY, ROOT, Benchmark
 
 README = REPOSITORY / "README.md"
-BENCHMARKS: tuple[Benchmark, ...] = (models.BENCHMARK, models.TAX, units.BENCHMARK)
+BENCHMARKS: tuple[Benchmark, ...] = (
+    models.BENCHMARK,
+    models.TAX,
+    *(script.BENCHMARK for script in (units, passes, memory, scaling, cold_start, check)),
+)
 
 
 def results(benchmark: Benchmark, folder: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """One SK unit: timm's against the fused one, in eval and in a training step (forward and backward), each side in its faster
 layout, beside compilers and inference runtimes. The convolutions of the branches alone are what a user may believe to be
 the floor, the physical floor is what the device needs to move the compulsory bytes, or to multiply. Also counted, and
-exact: bytes kept for the backward, operators called and branch-sized tensors read or written."""
+exact: bytes kept for the backward, and, beside the convolutions, operators called and passes over a branch."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
@@ -39,19 +39,20 @@ def rows(arguments: Namespace) -> Iterator[dict]:
 
 def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     """Milliseconds of the main sides, and the ratio of sk_fused to timm eager, pair by pair."""
-    header = ["unit", "mode", "timm, ms", "best peer, ms", "sk_fused, ms", "convolutions, ms", "floor, ms", "sk_fused ÷ timm (quartiles)", "MB kept, ÷ timm's"]
+    header = ["unit", "mode", "timm, ms", "best peer, ms", "sk_fused, ms", "convolutions, ms", "floor, ms", "sk_fused ÷ timm (quartiles)", "passes, timm → sk_fused", "MB kept, ÷ timm's"]
     return header, [_cells(row, mode) for row in rows for mode in MODES]
 
 
 def _cells(row: dict, mode: str) -> list[str]:
     sides, cells = row[mode], [row["unit"], MODES[mode]]
     if "median_ms" not in sides["sk_fused"]:
-        return [*cells, *[""] * 5, sides["sk_fused"]["error"], ""]
+        return [*cells, *[""] * 5, sides["sk_fused"]["error"], "", ""]
     peers = {side: sides[side]["median_ms"] for side in sides if side in _PEERS and "median_ms" in sides[side]}
     best = min(peers, key=peers.get, default=None)
     timm, ours, convolutions = (f"{sides[side]['median_ms']:.2f}" if "median_ms" in sides.get(side, {}) else "" for side in _SHOWN)
     low, median, high = sides["sk_fused"]["ratio"]["timm"]
     cells += [timm, f"{peers[best]:.2f} {best}" if best else "", ours, convolutions, f"{row['floor'][mode]['ms']:.2f}", f"{median:.2f} ({low:.2f}–{high:.2f})"]
+    cells.append(" → ".join(f"{row['exact'][side][mode]['passes']:g}" for side in ("timm", "sk_fused")))
     theirs, kept = (row["exact"][side]["bytes_kept"] for side in ("timm", "sk_fused"))
     return [*cells, "" if mode == "eval" else f"{kept / 1e6:.1f}, {kept / theirs:.2f}"]
 

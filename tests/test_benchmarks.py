@@ -10,7 +10,7 @@ from benchmarks import harness, machine
 harness.let_timm_import()
 
 import timm  # noqa: E402
-from benchmarks import cases, contenders, models, report, units  # noqa: E402
+from benchmarks import cases, check, contenders, instructions, memory, models, passes, report, scaling, units  # noqa: E402
 from benchmarks.harness import OURS, Entry, Step  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -162,6 +162,53 @@ def test_tiny_run(tmp_path: Path):
     assert "units" not in report.device_report(path.parent)
     path.rename(path.with_name("units.json"))
     assert "| 512 ch 7², split | eval |" in report.device_report(path.parent)
+
+
+def test_passes_of_every_kernel(tmp_path: Path):
+    path = harness.command(passes.BENCHMARK, ["--quick", "--seconds", "0", "--batch", "2", "--units", "512 ch 7², split", "--results", str(tmp_path)])
+    result = json.loads(path.read_text())
+    assert {row["pass"] for row in result["rows"]} == set(passes.PASSES)
+    select = next(row for row in result["rows"] if row["pass"] == "select")
+    assert select["bytes"] == 3 * 4 * cases.UNITS["512 ch 7², split"].branch_values(2)
+    speed = select["speed"]["reference"]
+    assert speed["GBps"] == pytest.approx(select["bytes"] / select["backends"]["sk_fused:reference"]["median_ms"] / 1e6)
+    assert path.with_suffix(".png").exists()
+
+
+def test_every_native_operator_is_a_pass():
+    from sk_fused.backends import native
+
+    operators = {name for name, value in vars(native).items() if isinstance(value, torch._ops.OpOverload)}
+    source = Path(passes.__file__).read_text()
+    assert {name for name in operators if f"b.{name}(" not in source} == set()
+
+
+def test_slope():
+    assert scaling.slope("batch", [1, 2, 4], [3.0, 6.0, 12.0]) == pytest.approx(1)
+    assert scaling.slope("size", [7, 14], [1.0, 4.0]) == pytest.approx(1)
+    assert scaling.slope("size", [7], [1.0]) is None
+
+
+def test_largest_batch():
+    # 10 bytes for each image and 5 beside, more where it does not fit in a cache.
+    assert memory.largest_batch({4: 45, 8: 85}, lambda batch: 10 * batch + 5, 205) == (20, 205)
+    assert memory.largest_batch({4: 45, 8: 85}, lambda batch: 12 * batch + 5, 205)[1] <= 205
+
+
+def test_check_tells_noise_from_change():
+    learnt = [{"what": "unit", "ratios": [1.0, 1.1, 1.2]}, {"what": "bytes", "exact": 8}, {"what": "gone", "exact": 1}]
+    assert check.band([1.0, 1.1, 1.2]) == pytest.approx((0.9, 1.3))
+    assert check.compare(learnt, [{"what": "unit", "ratios": [1.29]}, {"what": "bytes", "exact": 8}]) == ([], [])
+    worse, notes = check.compare(learnt, [{"what": "unit", "ratios": [1.31]}, {"what": "bytes", "exact": 9}, {"what": "new", "exact": 1}])
+    assert [line.split(":")[0] for line in worse] == ["slower", "more"] and "not in the committed" in notes[0]
+    worse, notes = check.compare(learnt, [{"what": "unit", "ratios": [0.8]}, {"what": "bytes", "exact": 7}])
+    assert not worse and [line.split(":")[0] for line in notes] == ["faster", "less"]
+
+
+def test_instructions_of_one_library():
+    lines = "ob=(1) /x/_C.so\nfn=(1) f\n10 100\n+1 5\ncob=(2) /lib/libc.so\ncfn=(2) g\ncalls=1 0\n11 7\n* 3\nob=(2)\nfn=(2)\n0 7\nob=(1)\n5 1\n"
+    assert instructions.inside(lines.splitlines(), "_C.") == 109
+    assert instructions.inside(lines.splitlines(), "libc") == 7
 
 
 def test_published_ratios_are_of_the_networks():
