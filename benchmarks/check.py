@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import harness, instructions, units
 from .cases import MAIN
-from .harness import Benchmark, console
+from .harness import MODES, Benchmark, console
 
 
 def once(arguments: list[str]) -> list[dict]:
@@ -28,16 +28,16 @@ def once(arguments: list[str]) -> list[dict]:
 
 def rows(arguments: Namespace) -> Iterator[dict]:
     options = ["--quick", "--units", *arguments.units, "--contenders", "timm", "sk_fused", "convolutions"]
-    options += ["--seconds", str(arguments.seconds), "--batch", str(arguments.batch), "--device", str(arguments.device)]
+    options += ["--seconds", str(arguments.seconds), "--batch", str(arguments.batch), "--device", str(arguments.device), "--precision", arguments.precision]
     runs = [harness.in_new_process("benchmarks.check:once", options) for _ in harness.progress(range(arguments.runs), "runs")]
     for i, row in enumerate(runs[0]):
-        for mode in units.MODES:
+        for mode in MODES:
             ratios = [run[i][mode]["sk_fused"]["ratio"]["convolutions"][1] for run in runs]
-            yield {"what": f"{row['unit']}, {units.MODES[mode]}", "ratios": ratios}
+            yield {"what": f"{row['unit']}, {MODES[mode]}", "ratios": ratios}
         exact = row["exact"]["sk_fused"]
         yield {"what": f"{row['unit']}, bytes kept", "exact": exact["bytes_kept"]}
-        for mode in units.MODES:
-            yield from ({"what": f"{row['unit']}, {units.MODES[mode]}, {name}", "exact": number} for name, number in exact[mode].items())
+        for mode in MODES:
+            yield from ({"what": f"{row['unit']}, {MODES[mode]}, {name}", "exact": number} for name, number in exact[mode].items())
     try:
         counts = instructions.count() if arguments.device.type == "cpu" else {}
     except RuntimeError as error:

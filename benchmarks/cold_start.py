@@ -7,17 +7,16 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 
 from . import harness
-from .harness import Benchmark
+from .harness import PAIR, Benchmark
 
 # Whether torch.compile is used, and whether it finds what the run before it left on disk.
 KINDS = ("eager", "compile, cache cold", "compile, cache warm")
-SIDES = ("timm", "sk_fused")
 
 
 def rows(arguments: Namespace) -> Iterator[dict]:
-    measured: dict[tuple[str, str], list[dict[str, float]]] = {(side, kind): [] for side in SIDES for kind in KINDS}
+    measured: dict[tuple[str, str], list[dict[str, float]]] = {(side, kind): [] for side in PAIR for kind in KINDS}
     for _ in harness.progress(range(arguments.rounds), "rounds"):
-        for side in SIDES:
+        for side in PAIR:
             with tempfile.TemporaryDirectory() as cache:
                 for kind in KINDS:
                     environment = {"TORCHINDUCTOR_CACHE_DIR": cache}

@@ -47,7 +47,9 @@ def eager(module: nn.Module, x: Tensor) -> Call:
 
 def compiled(**options) -> Callable[[nn.Module, Tensor], Call]:
     def prepare(module: nn.Module, x: Tensor) -> Call:
-        # A second layout is not a reason for dynamic shapes, nor a third for falling back to eager in silence.
+        # The copies of a race share their code: a second layout is no reason for dynamic shapes, nor many for falling back to
+        # eager in silence.
+        torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         return torch.compile(module, dynamic=False, **options)
 

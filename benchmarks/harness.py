@@ -27,6 +27,9 @@ from .machine import REPOSITORY, ROOT, environment, folder_of, kernels
 console = Console(width=None if Console().is_terminal else 160)
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+MODES = {"eval": "eval", "train": "training step"}
+# The two that everything is about.
+PAIR = ("timm", "sk_fused")
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
 # The factors of the parity rule. A peer may round as it likes, but it must compute the same thing in the same precision.
@@ -158,6 +161,8 @@ def race(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 step = entry.make()
+                # The second call of compiled code may be another than the first.
+                step.run()
                 output = step.run()
         except Exception as error:
             if side == base:

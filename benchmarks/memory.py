@@ -12,11 +12,9 @@ from torch import nn
 from . import figures, harness, models
 from .cases import MAIN, NETWORKS, UNITS
 from .contenders import CONTENDERS, Settings, kept, step
-from .harness import Benchmark
+from .harness import PAIR, Benchmark
 
 import timm  # noqa: E402
-
-SIDES = ("timm", "sk_fused")
 
 
 def peak(name: str, side: str, batch: int, device: str, precision: str) -> int:
@@ -59,7 +57,7 @@ def rows(arguments: Namespace) -> Iterator[dict]:
     for name in harness.progress(arguments.models, "networks"):
         row = {"what": name, "kept": _kept(models.build(name).to(arguments.device), models.photographs(arguments.batch).to(arguments.device), settings)}
         row |= {"peak": {}, "largest_batch": {}, "budget": int(arguments.budget * 2**30)}
-        for side in SIDES:
+        for side in PAIR:
 
             def measure(batch: int) -> int:
                 return harness.in_new_process("benchmarks.memory:peak", name, side, batch, str(arguments.device), arguments.precision)
@@ -71,7 +69,7 @@ def rows(arguments: Namespace) -> Iterator[dict]:
 
 
 def _kept(module: nn.Module, x: torch.Tensor, settings: Settings) -> dict[str, int]:
-    return {side: kept(CONTENDERS[side], module, x, settings) for side in SIDES}
+    return {side: kept(CONTENDERS[side], module, x, settings) for side in PAIR}
 
 
 def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
@@ -80,9 +78,9 @@ def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     header = ["", "MB kept: timm", "sk_fused", "ratio", "in branches: timm", "sk_fused", "peak MB of a step: timm", "sk_fused", f"largest batch in {budget}: timm", "sk_fused"]
     cells = []
     for row in rows:
-        cells.append([row["what"], *(f"{row['kept'][side] / 1e6:.1f}" for side in SIDES), f"{row['kept']['sk_fused'] / row['kept']['timm']:.3f}"])
-        cells[-1] += [f"{row['kept'][side] / row['branch']:.2f}" for side in SIDES] if "branch" in row else ["", ""]
-        cells[-1] += [*(f"{row['peak'][side] / 1e6:.0f}" for side in SIDES), *(str(row["largest_batch"][side][0]) for side in SIDES)] if "peak" in row else [""] * 4
+        cells.append([row["what"], *(f"{row['kept'][side] / 1e6:.1f}" for side in PAIR), f"{row['kept']['sk_fused'] / row['kept']['timm']:.3f}"])
+        cells[-1] += [f"{row['kept'][side] / row['branch']:.2f}" for side in PAIR] if "branch" in row else ["", ""]
+        cells[-1] += [*(f"{row['peak'][side] / 1e6:.0f}" for side in PAIR), *(str(row["largest_batch"][side][0]) for side in PAIR)] if "peak" in row else [""] * 4
     return header, cells
 
 
@@ -90,11 +88,11 @@ def figure(result: dict, path: Path) -> None:
     """Bytes kept by the units, in branches; and of the networks bytes kept and peak."""
     units, networks = ([row for row in result["rows"] if ("branch" in row) == unit] for unit in (True, False))
     page, axes = figures.page(1, 3, height=4.4, width=13, width_ratios=(2.4, 1, 1))
-    figures.bars(axes[0], [figures.wrapped(row["what"]) for row in units], {side: [row["kept"][side] / row["branch"] for row in units] for side in SIDES}, "%.1f")
+    figures.bars(axes[0], [figures.wrapped(row["what"]) for row in units], {side: [row["kept"][side] / row["branch"] for row in units] for side in PAIR}, "%.1f")
     axes[0].axhline(2, color="black", linewidth=0.9, linestyle="--")
     axes[0].set_title("units: kept for the backward, in branches\n(the maths needs 2)", fontsize=9)
     for each, figure, title in ((axes[1], "kept", "networks: kept for the backward, MB"), (axes[2], "peak", "networks: peak of a training step, MB")):
-        figures.bars(each, [row["what"].replace("_", "\n") for row in networks], {side: [row[figure][side] / 1e6 for row in networks] for side in SIDES}, "%.0f")
+        figures.bars(each, [row["what"].replace("_", "\n") for row in networks], {side: [row[figure][side] / 1e6 for row in networks] for side in PAIR}, "%.0f")
         each.set_title(title, fontsize=9)
     figures.finish(page, "Memory in training (lower is better)", harness.source(result), path, axes[0])
 

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from . import figures, harness
 from .cases import NETWORKS
 from .contenders import CONTENDERS, TWINS, Settings, entries, exact, kept
-from .harness import Benchmark
+from .harness import MODES, PAIR, Benchmark
 
 import timm  # noqa: E402
 
-MODES = {"eval": "eval", "train": "training step"}
 SIDES = ("timm", "sk_fused", "timm:compile", "sk_fused:compile", "plain", "plain:compile")
 MAIN = ("skresnet18", "skresnet34", "skresnext50_32x4d")
 
@@ -79,7 +78,7 @@ def rows(arguments: Namespace) -> Iterator[dict]:
             if harness.parity_failed(row[mode]):
                 break
         else:
-            row["bytes_kept"] = {side: kept(CONTENDERS[side], model, x, settings) for side in ("timm", "sk_fused")}
+            row["bytes_kept"] = {side: kept(CONTENDERS[side], model, x, settings) for side in PAIR}
         yield row
 
 
@@ -90,7 +89,7 @@ def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def _cells(row: dict) -> list[str]:
-    timm, ours = (row["eval"][side] for side in ("timm", "sk_fused"))
+    timm, ours = (row["eval"][side] for side in PAIR)
     errors = [max(layout.get("max_error", 0.0) for layout in side["layouts"].values()) for side in (ours, timm)]
     cells = [row["model"], f"{row['parameters'] / 1e6:.1f} M", f"{errors[0]:.1e} ({errors[1]:.1e})"]
     if "bytes_kept" not in row:
@@ -147,8 +146,7 @@ def tax_figure(result: dict, path: Path) -> None:
         figures.bars(each, [row["model"] for row in rows], series)
         each.axhline(1, color="black", linewidth=0.9, linestyle="--")
         each.set_ylabel(f"{title}: time ÷ that of\nthe plain ResNet twin", fontsize=8.5)
-    title = "The SK tax (1 = as fast as the ResNet without SK units, lower is better;\ncompiled networks beside the compiled twin)"
-    figures.finish(page, title, harness.source(result), path, axes[0])
+    figures.finish(page, "SK tax (1 = as fast as the plain ResNet, lower is better; compiled beside compiled)", harness.source(result), path, axes[0])
 
 
 def options(parser: ArgumentParser) -> None:

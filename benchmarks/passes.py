@@ -159,8 +159,6 @@ def figure(result: dict, path: Path) -> None:
     low, high = min(intensities) / 2, 3 * max(*intensities, matrix / copy)
     for each, unit in zip(axes, units):
         each.loglog([low, matrix / copy, high], [low * copy, matrix, matrix], color="black", linewidth=1.2)
-        each.annotate(f"copy, {copy:.0f} GB/s", (low, low * copy), (4, 14), textcoords="offset points", fontsize=8)
-        each.annotate(f"matrix units, {matrix:.0f} GFLOP/s", (high, matrix), (0, 5), textcoords="offset points", fontsize=8, ha="right")
         each.sharey(axes[0])
         for row, marker in zip((row for row in rows if row["unit"] == unit), figures.MARKERS):
             x = row["flops"] / row["bytes"]
@@ -169,7 +167,7 @@ def figure(result: dict, path: Path) -> None:
                 label = row["pass"] if backend == next(iter(row["speed"])) else None
                 filled = face if backend != "reference" else "white"
                 each.plot(x, speed["GFLOPs"], marker, markersize=7, markerfacecolor=filled, markeredgecolor="black" if filled == face else face, label=label)
-        each.set_title(unit, fontsize=9)
+        each.set_title(f"{unit}\nroof: copy {copy:.0f} GB/s, matrix units {matrix:.0f} GFLOP/s", fontsize=9)
         each.set_xlabel("flops per byte", fontsize=8.5)
         each.set_ylabel("GFLOP/s", fontsize=8.5)
         each.grid(which="major", color="#e5e5e5", linewidth=0.6)

@@ -11,10 +11,8 @@ import numpy
 from . import figures, harness
 from .cases import BATCHES, SIZES, UNITS, Case
 from .contenders import CONTENDERS, Settings, entries, exact
-from .harness import Benchmark
+from .harness import MODES, PAIR, Benchmark
 
-MODES = {"eval": "eval", "train": "training step"}
-SIDES = ("timm", "sk_fused")
 # What is swept, and what the time is expected to be proportional to.
 SWEEPS = {"batch": ("256 ch 14², split", lambda value: value), "size": ("64 ch 56², split", lambda value: value**2)}
 
@@ -32,7 +30,7 @@ def rows(arguments: Namespace) -> Iterator[dict]:
             if mode == "train" and batch < 4:
                 # Of one image the attention's batch-norm has no variance, and of two it knows only signs: no parity to check.
                 continue
-            runs = entries({side: CONTENDERS[side] for side in SIDES}, unit, x, g, mode, settings)
+            runs = entries({side: CONTENDERS[side] for side in PAIR}, unit, x, g, mode, settings)
             row[mode] = harness.race(runs, exact(unit, x, g, mode, settings), arguments.seconds, arguments.device)
         yield row
 
@@ -54,7 +52,7 @@ def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     cells = []
     for sweep in dict.fromkeys(row["sweep"] for row in rows):
         for mode, title in MODES.items():
-            for side in SIDES:
+            for side in PAIR:
                 values, times = _points(rows, sweep, mode, side)
                 exponent = slope(sweep, values, times)
                 shown = "; ".join(f"{value}: {ms:.3g}" for value, ms in zip(values, times))
@@ -68,7 +66,7 @@ def figure(result: dict, path: Path) -> None:
     page, axes = figures.page(1, 2, height=4.6)
     for each, sweep in zip(axes, SWEEPS):
         for (mode, title), line in zip(MODES.items(), figures.LINES):
-            for side, marker in zip(SIDES, figures.MARKERS):
+            for side, marker in zip(PAIR, figures.MARKERS):
                 values, times = _points(result["rows"], sweep, mode, side)
                 exponent = slope(sweep, values, times)
                 label = f"{side}, {title}" + ("" if exponent is None else f": slope {exponent:.2f}")

@@ -10,9 +10,7 @@ from pathlib import Path
 from . import figures, harness
 from .cases import MAIN, UNITS
 from .contenders import CONTENDERS, Settings, entries, exact, kept, passes
-from .harness import Benchmark
-
-MODES = {"eval": "eval", "train": "training step"}
+from .harness import MODES, PAIR, Benchmark
 
 
 def rows(arguments: Namespace) -> Iterator[dict]:
@@ -30,7 +28,7 @@ def rows(arguments: Namespace) -> Iterator[dict]:
             row[mode] = harness.race(runs, reference, arguments.seconds, arguments.device, against=("timm", "convolutions"))
             floor = case.floor(arguments.batch, mode, 2 if arguments.precision == "bfloat16" else 4)
             row["floor"][mode] = {**floor._asdict(), "ms": floor.ms(arguments.ceilings)}
-        for side in ("timm", "sk_fused"):
+        for side in PAIR:
             row["exact"][side] = {"bytes_kept": kept(CONTENDERS[side], unit, x, settings)}
             for mode in MODES:
                 row["exact"][side][mode] = passes(CONTENDERS[side], unit, x, g, mode, settings, case.branch_values(arguments.batch))
@@ -52,8 +50,8 @@ def _cells(row: dict, mode: str) -> list[str]:
     timm, ours, convolutions = (f"{sides[side]['median_ms']:.2f}" if "median_ms" in sides.get(side, {}) else "" for side in _SHOWN)
     low, median, high = sides["sk_fused"]["ratio"]["timm"]
     cells += [timm, f"{peers[best]:.2f} {best}" if best else "", ours, convolutions, f"{row['floor'][mode]['ms']:.2f}", f"{median:.2f} ({low:.2f}–{high:.2f})"]
-    cells.append(" → ".join(f"{row['exact'][side][mode]['passes']:g}" for side in ("timm", "sk_fused")))
-    theirs, kept = (row["exact"][side]["bytes_kept"] for side in ("timm", "sk_fused"))
+    cells.append(" → ".join(f"{row['exact'][side][mode]['passes']:g}" for side in PAIR))
+    theirs, kept = (row["exact"][side]["bytes_kept"] for side in PAIR)
     return [*cells, "" if mode == "eval" else f"{kept / 1e6:.1f}, {kept / theirs:.2f}"]
 
 
