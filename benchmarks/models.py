@@ -163,6 +163,8 @@ TAX = BENCHMARK._replace(
     doc="The SK tax: " + __doc__,
     table=tax_table,
     figure=tax_figure,
+    # Compiling a network takes minutes.
+    quick={**QUICK, "contenders": ["timm", "sk_fused", "plain"]},
     options=lambda parser: (options(parser), parser.set_defaults(models=list(NETWORKS), contenders=list(SIDES))),
 )
 
