@@ -34,6 +34,8 @@ class Inputs:
         self.B, self.D, M, C = batch, D, self.M, self.C
         x, g = (t.to(dtype=dtype, memory_format=LAYOUTS[layout]) for t in case.tensors(batch, device))
         self.xs, self.g = x.split(x.shape[1] // M, 1) if unit.split_input else [x] * M, g
+        first = self.convolutions[0]
+        self.convolved = x, [conv.weight for conv in self.convolutions], first.stride[0], [conv.dilation[0] for conv in self.convolutions], first.groups
         self.ys = [draw(batch, C, size, size, low=-2, high=2).to(dtype=dtype, memory_format=LAYOUTS[layout]) for _ in range(M)]
         self.mean, self.bias, self.p, self.q = (draw(M, C, low=-0.1, high=0.1) for _ in range(4))
         self.scale, self.a = draw(M, C, low=0.5), draw(batch, M, C, low=0.1)
@@ -45,12 +47,15 @@ class Inputs:
 
 
 class Pass(NamedTuple):
-    """An operator: how a backend is called; branch-sized tensors read and written; flops for a value of one branch. The
-    attention has no branch-sized data: `small` gives its values moved and its flops."""
+    """An operator: how a backend is called; branch-sized tensors read and written; flops for a value of one branch; how
+    often it goes over x (or dx), and computes all convolutions. The attention has no branch-sized data: `small` gives its
+    values moved and its flops."""
 
     call: Callable[[ModuleType, Inputs], object]
     traffic: Callable[[int], int] = lambda M: 0
     flops: int = 0
+    inputs: int = 0
+    convolutions: int = 0
     small: Callable[[Inputs], tuple[int, int]] = lambda i: (0, 0)
     backends: tuple[str, ...] = tuple(BACKENDS)
 
@@ -76,12 +81,22 @@ PASSES: dict[str, Pass] = {
         small=_attention(2),
     ),
     "select_backward": Pass(lambda b, i: b.select_backward(i.g, i.ys, *i.branch, i.a, i.t, i.p, i.q, *i.act), lambda M: 2 * M + 1, 11),
-    "convolutions": Pass(lambda b, i: [conv(x) for conv, x in zip(i.convolutions, i.xs)], backends=("reference",)),
+    "convolutions": Pass(lambda b, i: [conv(x) for conv, x in zip(i.convolutions, i.xs)], lambda M: M, 0, 1, 1, backends=("reference",)),
+    "branch": Pass(lambda b, i: b.branch(*i.convolved), lambda M: M, 4, 1, 1),
+    "branch_backward": Pass(
+        lambda b, i: b.branch_backward(i.g, *i.convolved, i.ys, *i.branch, i.a, i.t, i.p, i.q, *i.act), lambda M: M + 1, 11, 2, 2
+    ),
+    "unit": Pass(
+        lambda b, i: b.unit(
+            *i.convolved, *i.branch, i.fc_reduce, i.weight, i.shift, i.running_mean, i.running_var, 1e-5, i.fc_select, *i.act
+        ),
+        lambda M: 1, 11, 1, 1,
+    ),
 }
 
 
 def tensors(result: object) -> list[Tensor]:
-    return list(result) if isinstance(result, (list, tuple)) else [result]
+    return [tensor for each in result for tensor in tensors(each)] if isinstance(result, (list, tuple)) else [result]
 
 
 def rows(arguments: Namespace) -> Iterator[dict]:
@@ -92,7 +107,7 @@ def rows(arguments: Namespace) -> Iterator[dict]:
         exact_inputs = Inputs(case, arguments.batch, device, torch.float64, "contiguous")
         # Both start from the values that the smaller dtype can hold.
         exact_inputs.ys, exact_inputs.g = [y.double() for y in inputs["contiguous"].ys], inputs["contiguous"].g.double()
-        values = case.branch_values(arguments.batch)
+        values, x_values = case.branch_values(arguments.batch), exact_inputs.convolved[0].numel()
         for title, operator in PASSES.items():
             exact = tensors(operator.call(BACKENDS["reference"], exact_inputs))
             race = harness.race(
@@ -108,11 +123,8 @@ def rows(arguments: Namespace) -> Iterator[dict]:
                 against=("reference",),
             )
             small_values, small_flops = operator.small(exact_inputs)
-            moved = operator.traffic(exact_inputs.M) * values * dtype.itemsize + 4 * small_values
-            flops = operator.flops * exact_inputs.M * values + small_flops
-            if title == "convolutions":
-                moved, flops = case.floor(arguments.batch, "eval", dtype.itemsize)
-                moved += (exact_inputs.M - 1) * values * dtype.itemsize
+            moved = (operator.traffic(exact_inputs.M) * values + operator.inputs * x_values) * dtype.itemsize + 4 * small_values
+            flops = operator.flops * exact_inputs.M * values + small_flops + operator.convolutions * case.floor(arguments.batch, "eval").flops
             figures = {side: {"GBps": moved / f["median_ms"] / 1e6, "GFLOPs": flops / f["median_ms"] / 1e6} for side, f in race.items() if "median_ms" in f}
             for each in figures.values():
                 each["share_of_copy"] = each["GBps"] / arguments.ceilings["copy_GBps"]
@@ -121,6 +133,9 @@ def rows(arguments: Namespace) -> Iterator[dict]:
 
 def _step(operator: Pass, backend: ModuleType, inputs: Inputs) -> Step:
     reason = backend.why_not(inputs.ys)
+    if operator.convolutions and not reason:
+        x, weights, *rest = inputs.convolved
+        reason = backend.why_not_convolve(x.shape, x.dtype, [w.shape for w in weights], *rest)
     if reason:
         raise RuntimeError(reason)
 

@@ -125,9 +125,9 @@ def test_passes_count_branch_sized_tensors_once_each():
 
 
 def test_fused_unit_passes_and_keeps_less():
-    case = cases.UNITS["512 ch 7², split"]
-    x, g = case.tensors(4, CPU)
-    settings, branch = contenders.Settings(CPU), 4 * case.branch_values(4)
+    case = cases.UNITS["64 ch 56², split"]
+    x, g = case.tensors(2, CPU)
+    settings, branch = contenders.Settings(CPU), 4 * case.branch_values(2)
     timm_kept, kept = (contenders.kept(contenders.CONTENDERS[side], case.unit(), x, settings) for side in ("timm", "sk_fused"))
     assert 2 * branch <= kept < 2.3 * branch and timm_kept > 6 * branch
     counts = {side: contenders.passes(contenders.CONTENDERS[side], case.unit(), x, g, "train", settings, branch // 4) for side in ("timm", "sk_fused")}

@@ -74,10 +74,14 @@ def why_not_convolve(
     return None
 
 
-def _convolutions(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int) -> list[Tensor]:
+def _shares(x: Tensor, weights: Sequence[Tensor], groups: int) -> Sequence[Tensor]:
+    """x_m of every branch."""
     inputs = groups * weights[0].shape[1]
-    xs = [x] * len(weights) if x.shape[1] == inputs else x.split(inputs, 1)
-    return [F.conv2d(x_m, w, None, stride, d, d, groups) for x_m, w, d in zip(xs, weights, dilations, strict=True)]
+    return [x] * len(weights) if x.shape[1] == inputs else x.split(inputs, 1)
+
+
+def _convolutions(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int) -> list[Tensor]:
+    return [F.conv2d(x_m, w, None, stride, d, d, groups) for x_m, w, d in zip(_shares(x, weights, groups), weights, dilations, strict=True)]
 
 
 def branch(x, weights, stride: int, dilations, groups: int) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -88,10 +92,14 @@ def branch(x, weights, stride: int, dilations, groups: int) -> tuple[list[Tensor
 def branch_backward(g, x, weights, stride: int, dilations, groups: int, ys, mean, scale, bias, a, t, p, q, activation: str, negative_slope: float):
     """dx, and dw of every branch, in the dtype of x."""
     dys = select_backward(g, ys, mean, scale, bias, a, t, p, q, activation, negative_slope)
-    with torch.enable_grad():
-        leaves = [leaf.detach().requires_grad_() for leaf in (x, *weights)]
-        dx, *dweights = torch.autograd.grad(_convolutions(leaves[0], leaves[1:], stride, dilations, groups), leaves, dys)
-    return dx, dweights
+    xs = _shares(x, weights, groups)
+    dxs, dweights = [], []
+    for dy, x_m, w, d in zip(dys, xs, weights, dilations, strict=True):
+        geometry = [stride] * 2, [d] * 2, [d] * 2, False, [0, 0], groups
+        dx, dw, _ = torch.ops.aten.convolution_backward(dy, x_m, w, None, *geometry, [True, True, False])
+        dxs.append(dx)
+        dweights.append(dw)
+    return sum(dxs) if xs[0] is x else torch.cat(dxs, 1), dweights
 
 
 def unit(
