@@ -56,11 +56,14 @@ class Case(NamedTuple):
         return -(-self.size // self.arguments.get("stride", 1))
 
     def tensors(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """x and the gradient of the output."""
+        """x and the gradient of the output. The images of x differ in brightness and contrast, as photographs do; were they
+        alike, the batch-norm of the attention would blow up every rounding error."""
         generator = torch.Generator().manual_seed(1)
         shapes = zip(self.channels, (self.size, self.out_size))
-        x, g = (torch.randn(batch, C, size, size, generator=generator).to(device) for C, size in shapes)
-        return x, g
+        x, g = (torch.randn(batch, C, size, size, generator=generator) for C, size in shapes)
+        contrast = torch.rand(batch, self.channels[0], 1, 1, generator=generator)
+        brightness = torch.randn(batch, self.channels[0], 1, 1, generator=generator)
+        return (x * (0.5 + 2 * contrast) + brightness).to(device), g.to(device)
 
     def branch_values(self, batch: int) -> int:
         """Values of one branch."""

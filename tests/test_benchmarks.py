@@ -47,6 +47,16 @@ def test_parity_rule():
     assert not harness.within_parity(torch.tensor([1.0, torch.nan]), theirs, exact)
 
 
+def test_gate_lets_a_jump_at_a_kink_pass_and_nothing_else():
+    exact = torch.linspace(-1, 1, 1000, dtype=torch.float64)
+    theirs, one, many, huge = exact + 1e-6, exact + 1e-6, exact + 1e-6, exact + 1e-6
+    one[:5] += 0.05
+    many[:20] += 0.05
+    huge[0] += 0.5
+    rule = [harness.parity_failures([ours], [theirs], [exact]) for ours in (one, many, huge, torch.where(exact > 0.99, torch.nan, exact))]
+    assert [bool(failures) for failures in rule] == [False, True, True, True]
+
+
 def test_floor_by_hand():
     case = cases.Case(dict(in_channels=64, groups=4, split_input=False), 8)
     branch, weights = 2 * 64 * 64, 64 * 9 * 16
