@@ -263,7 +263,8 @@ Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArra
     check_array(array, name, at::kFloat, {s.M, s.out.C});
   TORCH_CHECK_VALUE(fc_select.size(0) == s.M * s.out.C, "fc_select: expected ", s.M, " * ", s.out.C, " rows, got ", fc_select.size(0));
   const Attention attention{fc_reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, fc_select};
-  const int64_t images = std::clamp<int64_t>(at::get_num_threads() * kCacheBytes / (s.M * s.out.C * s.out.pixels() * 4), 1, s.B);
+  const int64_t most = std::clamp<int64_t>(at::get_num_threads() * kCacheBytes / (s.M * s.out.C * s.out.pixels() * 4), 1, s.B);
+  const int64_t rounds = (s.B + most - 1) / most, images = (s.B + rounds - 1) / rounds;
   if (!s.winograd()) return unit_direct(s, x, weights, images, mean, scale, bias, attention, activation, negative_slope);
   Tensor v = output_like(s, x, s.B);
   const auto packed = packed_weights(s, weights);
