@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from . import modules
 from .modules import FusedSelectiveKernel, FusedSelectiveKernelAttn
 
 
@@ -48,7 +49,13 @@ def unfuse(model: nn.Module) -> Report:
         ImportError: there is something to unfuse, and timm is not installed.
     """
     if any(type(module) in (FusedSelectiveKernel, FusedSelectiveKernelAttn) for module in model.modules()):
-        import timm.layers.selective_kernel  # noqa: F401
+        from timm.layers import BatchNormAct2d, ConvNormAct
+
+        # The branches of a unit that was made without timm.
+        for module in model.modules():
+            timm_class = {modules.BatchNormAct2d: BatchNormAct2d, modules.ConvNormAct: ConvNormAct}.get(type(module))
+            if timm_class:
+                module.__class__ = timm_class
     return _convert(model, {fused: timm for timm, fused in _timm_to_fused().items()})
 
 
@@ -59,7 +66,8 @@ def _timm_to_fused() -> dict[type[nn.Module], type[nn.Module]]:
 
 
 def _convert(model: nn.Module, new_class: dict[type[nn.Module], type[nn.Module]]) -> Report:
-    known = (*new_class.keys(), *new_class.values())
+    fused = FusedSelectiveKernel, FusedSelectiveKernelAttn
+    known = (*new_class, *new_class.values(), *fused)
     inside = {id(module.attn) for module in model.modules() if hasattr(module, "attn") and hasattr(module, "paths") and isinstance(module, known)}
     units = []
     for name, module in model.named_modules():
@@ -68,10 +76,11 @@ def _convert(model: nn.Module, new_class: dict[type[nn.Module], type[nn.Module]]
         reason = None
         if type(module) not in known:
             reason = f"{type(module).__name__} is a subclass of {type(module).__mro__[1].__name__}"
+        elif new_class.get(type(module)) is FusedSelectiveKernel and type(module.attn) not in known:
+            reason = f"attn is a {type(module.attn).__name__}"
         elif type(module) in new_class:
             module.__class__ = new_class[type(module)]
         if id(module) in inside:
             continue
         units.append((name, module, reason))
-    fused = FusedSelectiveKernel, FusedSelectiveKernelAttn
     return Report(tuple(Unit(n, type(m) in fused, r or (m.why_not() if type(m) in fused else None)) for n, m, r in units))

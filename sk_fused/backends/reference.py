@@ -4,9 +4,10 @@ The first three are for branches that are convolved here, w_m ∗ x, 3 × 3, pad
 the branches.
 
 Shapes, in every backend: `ys` are the M branches (B, C, H, W), dense and in one layout; `mean`, `scale`, `bias`, `p`,
-`q` are (M, C); `a` is (B, M, C); `s` and `t` are (B, C); `x` is (B, C, H', W'), `weights` are M (C, C/groups, 3, 3); `fc_reduce` is (D, C), `fc_select` (M·C, D). All but the
+`q` are (M, C); `a` is (B, M, C); `s` and `t` are (B, C); `x` is (B, C, H', W'), `weights` are M (C, C/groups, 3, 3); `fc_reduce` is (D, C) or (D, C, 1, 1), `fc_select` (M·C, D) or (M·C, D, 1, 1). All but the
 branches, `x`, `weights`, `g` and `v` are float32, or float64 for float64 branches. With z_m = (y_m − mean_m)·scale_m + bias_m:
 
+    fold             mean, r = 1/√(var + eps), scale = weight·r and bias of the M batch-norms; without weight or bias 1 or 0
     branch           y_m = w_m ∗ x, and its mean and variance over (B, H, W)
     branch_backward  from dy_m, as select_backward gives it: dx = Σ_m of the input's gradients, dw_m
     unit             v, with given statistics
@@ -16,7 +17,8 @@ branches, `x`, `weights`, `g` and `v` are float32, or float64 for float64 branch
     select_backward  dy_m = scale_m·act'(z_m)·(a_m·g + t) − p_m − (y_m − mean_m)·q_m
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +77,14 @@ def _convolutions(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: 
     return [F.conv2d(x, w, None, stride, d, d, x.shape[1] // w.shape[1]) for w, d in zip(weights, dilations, strict=True)]
 
 
+def fold(weights, biases, means, variances, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean, var = (torch.stack([vector.to(dtype) for vector in vectors]) for vectors in (means, variances))
+    weight = torch.stack([torch.ones_like(mean[0]) if w is None else w.to(dtype) for w in weights])
+    bias = torch.stack([torch.zeros_like(mean[0]) if b is None else b.to(dtype) for b in biases])
+    r = torch.rsqrt(var + eps)
+    return mean, r, r * weight, bias
+
+
 def branch(x, weights, stride: int, dilations) -> tuple[list[Tensor], Tensor, Tensor]:
     ys = _convolutions(x, weights, stride, dilations)
     return ys, *branch_statistics(ys)
@@ -83,10 +93,13 @@ def branch(x, weights, stride: int, dilations) -> tuple[list[Tensor], Tensor, Te
 def branch_backward(g, x, weights, stride: int, dilations, ys, mean, scale, bias, a, t, p, q, activation: str, negative_slope: float):
     """dx, and dw of every branch, in the dtype of x."""
     dys = select_backward(g, ys, mean, scale, bias, a, t, p, q, activation, negative_slope)
-    with torch.enable_grad():
-        leaves = [leaf.detach().requires_grad_() for leaf in (x, *weights)]
-        dx, *dweights = torch.autograd.grad(_convolutions(leaves[0], leaves[1:], stride, dilations), leaves, dys)
-    return dx, dweights
+    dxs, dweights = [], []
+    for dy, w, d in zip(dys, weights, dilations, strict=True):
+        geometry = [stride] * 2, [d] * 2, [d] * 2, False, [0, 0], x.shape[1] // w.shape[1]
+        dx, dweight, _ = torch.ops.aten.convolution_backward(dy, x, w, None, *geometry, [True, True, False])
+        dxs.append(dx)
+        dweights.append(dweight)
+    return sum(dxs), dweights
 
 
 def unit(
@@ -116,20 +129,47 @@ def squeeze(ys, mean, scale, bias, activation: str, negative_slope: float, sums:
     return torch.stack(pooled, 2)
 
 
+def _without_autocast(function: Callable) -> Callable:
+    """Autocast would take the matrix products to half precision."""
+
+    @functools.wraps(function)
+    def run(*args):
+        device = args[0].device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return function(*args)
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return run
+
+
+def _parameters(s: Tensor, fc_reduce: Tensor, weight: Tensor | None, bias: Tensor | None, fc_select: Tensor) -> tuple[Tensor, ...]:
+    """As they are computed with: (D, C), (D,), (D,) and (M·C, D), in the dtype of s."""
+    D = fc_reduce.shape[0]
+    weight = s.new_ones(D) if weight is None else weight.to(s.dtype)
+    bias = s.new_zeros(D) if bias is None else bias.to(s.dtype)
+    return fc_reduce.flatten(1).to(s.dtype), weight, bias, fc_select.flatten(1).to(s.dtype)
+
+
+@_without_autocast
 def attend(s, fc_reduce, weight, bias, mean, var, eps: float, fc_select) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """a, the reduced descriptor (B, D) before its batch-norm, and the mean and variance (D,) used: the batch's if none are given."""
+    fc_reduce, weight, bias, fc_select = _parameters(s, fc_reduce, weight, bias, fc_select)
     reduced = s @ fc_reduce.t()
     if mean is None:
         var, mean = torch.var_mean(reduced, 0, correction=0)
     else:
-        mean, var = mean.clone(), var.clone()
+        mean, var = (vector.to(s.dtype, copy=True) for vector in (mean, var))
     h = F.relu((reduced - mean) * torch.rsqrt(var + eps) * weight + bias)
     a = torch.softmax((h @ fc_select.t()).unflatten(1, (-1, s.shape[1])), 1)
     return a, reduced, mean, var
 
 
+@_without_autocast
 def attend_backward(da, a, s, reduced, fc_reduce, weight, bias, mean, var, eps: float, training: bool, fc_select):
-    """The gradients of s, fc_reduce, weight, bias and fc_select."""
+    """The gradients of s, fc_reduce, weight, bias and fc_select, in the dtype of s."""
+    shapes = fc_reduce.shape, fc_select.shape
+    fc_reduce, weight, bias, fc_select = _parameters(s, fc_reduce, weight, bias, fc_select)
     dlogits = (a * (da - (a * da).sum(1, keepdim=True))).flatten(1)
     r = torch.rsqrt(var + eps)
     x = (reduced - mean) * r
@@ -138,7 +178,7 @@ def attend_backward(da, a, s, reduced, fc_reduce, weight, bias, mean, var, eps: 
     dbias, dweight = dn.sum(0), (dn * x).sum(0)
     centred = dn - dbias / len(s) - x * (dweight / len(s)) if training else dn
     dreduced = weight * r * centred
-    return dreduced @ fc_reduce, dreduced.t() @ s, dweight, dbias, dlogits.t() @ F.relu(n)
+    return dreduced @ fc_reduce, (dreduced.t() @ s).view(shapes[0]), dweight, dbias, (dlogits.t() @ F.relu(n)).view(shapes[1])
 
 
 def select(ys, mean, scale, bias, a, activation: str, negative_slope: float) -> Tensor:
