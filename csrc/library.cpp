@@ -1,6 +1,6 @@
 // The native operators: the one list of what is native. Shapes: ys are M branches (B, C, H, W); mean, scale, bias, p, q
-// are (M, C), a is (B, M, C), s and t are (B, C), what squeeze
-// returns (sums, B, M, C). sk_fused/functional.py says what each is for.
+// are (M, C), a and what squeeze returns
+// are (B, M, C), s and t are (B, C). sk_fused/functional.py says what each is for.
 #include <torch/extension.h>
 #include <torch/library.h>
 
@@ -14,15 +14,15 @@ TORCH_LIBRARY(sk_fused, m) {
       "fold(Tensor?[] weights, Tensor?[] biases, Tensor[] means, Tensor[] variances, float eps, ScalarType dtype)"
       " -> (Tensor mean, Tensor r, Tensor scale, Tensor bias)", kTags);
   m.def("branch_statistics(Tensor[] ys) -> (Tensor mean, Tensor var)", kTags);
-  m.def("branch(Tensor x, Tensor[] weights, int stride, int[] dilations) -> (Tensor[] ys, Tensor mean, Tensor var)", kTags);
+  m.def("branch(Tensor x, Tensor[] weights, int stride, int[] dilations, int groups) -> (Tensor[] ys, Tensor mean, Tensor var)", kTags);
   m.def(
-      "branch_backward(Tensor g, Tensor x, Tensor[] weights, int stride, int[] dilations, Tensor[] ys, Tensor mean, Tensor scale,"
+      "branch_backward(Tensor g, Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, Tensor[] ys, Tensor mean, Tensor scale,"
       " Tensor bias, Tensor a, Tensor t, Tensor p, Tensor q, str activation, float negative_slope) -> (Tensor dx, Tensor[] dweights)", kTags);
   m.def(
-      "unit(Tensor x, Tensor[] weights, int stride, int[] dilations, Tensor mean, Tensor scale, Tensor bias, Tensor fc_reduce,"
+      "unit(Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, Tensor mean, Tensor scale, Tensor bias, Tensor fc_reduce,"
       " Tensor attn_weight, Tensor attn_bias, Tensor attn_mean, Tensor attn_var, float attn_eps, Tensor fc_select, str activation,"
       " float negative_slope) -> Tensor", kTags);
-  m.def("squeeze(Tensor[] ys, Tensor mean, Tensor scale, Tensor bias, str activation, float negative_slope, int sums, Tensor? g=None) -> Tensor", kTags);
+  m.def("squeeze(Tensor[] ys, Tensor mean, Tensor scale, Tensor bias, str activation, float negative_slope, int sums, Tensor? g=None) -> Tensor[]", kTags);
   m.def(
       "attend(Tensor s, Tensor fc_reduce, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, Tensor fc_select)"
       " -> (Tensor a, Tensor reduced, Tensor mean, Tensor var)", kTags);

@@ -140,6 +140,7 @@ def convolved_selective_kernel(
     weights: Sequence[Tensor],
     stride: int,
     dilations: Sequence[int],
+    groups: int,
     norms: Sequence[BatchNorm],
     fc_reduce: Tensor,
     attn_norm: BatchNorm,
@@ -147,49 +148,54 @@ def convolved_selective_kernel(
     activation: str = "relu",
     negative_slope: float = 0.01,
 ) -> Tensor:
-    """`selective_kernel` of the grouped convolutions y_m = w_m ∗ x, 3 × 3, padded by their dilation.
+    """`selective_kernel` of the convolutions y_m = w_m ∗ x_m, 3 × 3, padded by their dilation, which are the package's own.
 
-    The convolutions are the package's own: one pass over x serves all branches, the batch statistics come out of it, and
-    so does, in eval without gradients, the whole unit, whose branches never leave the cache. In the backward the gradients
-    of the branches do not. `convolves` says which convolutions a backend takes.
+    x_m is x, or, if x has M times the channels that a weight takes, the m-th part of its channels, read where it is. In eval
+    without gradients the whole unit is one operator, and the branches do not leave the cache. `why_not_convolved` says
+    which convolutions are not taken.
 
     Args:
-        x: (B, C, H, W), contiguous or channels_last, else brought to contiguous.
-        weights: M weights (C, C/groups, 3, 3).
+        x: (B, C', H, W), contiguous or channels_last, else brought to contiguous.
+        weights: M weights (C, inputs, 3, 3), with C' = groups · inputs, or M times that.
         stride: of all branches.
         dilations: one for each branch.
+        groups: of all branches.
         norms, fc_reduce, attn_norm, fc_select, activation, negative_slope: as for `selective_kernel`.
 
     Returns:
         v, (B, C, ⌈H/stride⌉, ⌈W/stride⌉), in the layout of x; under autocast in its dtype.
 
     Raises:
-        ValueError, TypeError: as `selective_kernel`.
-        RuntimeError: the backend that is used does not take these convolutions.
+        ValueError, TypeError: as `selective_kernel`; ValueError also for convolutions that are not taken.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
-    backend = backends.choose([x])
-    reason = backend.why_not_convolve(x, weights, stride, dilations)
+    dtype = _autocast_dtype(x)
+    x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+    reason = why_not_convolved(x, weights, stride, dilations, groups)
     if reason:
-        raise RuntimeError(reason)
-    B, C, H, W = x.shape
-    shape = torch.Size((B, C, (H - 1) // stride + 1, (W - 1) // stride + 1))
-    _check([x] * len(weights), norms, fc_reduce, fc_select, activation)
-    return _unit([x, *weights], (stride, list(dilations)), shape, norms, fc_reduce, attn_norm, fc_select, activation, negative_slope)
+        raise ValueError(f"weights: {reason}")
+    B, _, H, W = x.shape
+    shape = torch.Size((B, weights[0].shape[0], (H - 1) // stride + 1, (W - 1) // stride + 1))
+    _check_unit(x, shape, len(weights), norms, fc_reduce, fc_select, activation)
+    convolution = stride, list(dilations), groups
+    return _unit([x, *weights], convolution, shape, norms, fc_reduce, attn_norm, fc_select, activation, negative_slope)
 
 
-def convolves(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int]) -> bool:
-    """Whether the backend in use takes `convolved_selective_kernel` of these."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x[:1].to(torch.get_autocast_dtype(x.device.type))
-    return backends.choose([x]).why_not_convolve(x, weights, stride, dilations) is None
+def why_not_convolved(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int) -> str | None:
+    """The reason why `convolved_selective_kernel` does not take these in the backend in use, or None."""
+    return backends.choose([x]).why_not_convolve(x.shape, _autocast_dtype(x), [w.shape for w in weights], stride, dilations, groups)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """What autocast makes of x before a convolution."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def _unit(tensors, convolution, shape, norms, fc_reduce, attn_norm, fc_select, activation, negative_slope) -> Tensor:
-    """Of branches of this shape, which are the `tensors`, or, with a convolution, its stride and dilations, are made from
-    them: x and the weights."""
+    """Of branches of this shape: the `tensors`, or, with a convolution (stride, dilations, groups), made from these: x and
+    the weights."""
     for norm in norms:
         norm.check("norms", shape, tensors[0].device)
     attn_norm.check("attn_norm", torch.Size((shape[0], fc_reduce.shape[0], 1, 1)), tensors[0].device)
@@ -308,8 +314,8 @@ class _SelectiveKernel(torch.autograd.Function):
             means, variances = means.unbind(), variances.unbind()
         mean, r, scale, bias = backend.fold(weights, biases, means, variances, norms[0].eps, dtype)
         # The second and third sum serve the backward.
-        sums = backend.squeeze(ys, mean, scale, bias, *act, 3 if needs_grad else 1)
-        s = sums[0].sum(1) / (H * W)
+        pooled, *K = backend.squeeze(ys, mean, scale, bias, *act, 3 if needs_grad else 1)
+        s = pooled.sum(1) / (H * W)
         a, reduced, attn_mean, attn_var, images = _attend(backend, attn_norm, s, *attn)
         v = backend.select(ys, mean, scale, bias, a, *act)
         if attn_norm.training:
@@ -320,7 +326,7 @@ class _SelectiveKernel(torch.autograd.Function):
             ctx.set_materialize_grads(False)
         if needs_grad:
             ctx.backend, ctx.call, ctx.counts = backend, (convolution, act, norms, attn_norm), (count, images)
-            ctx.save_for_backward(mean, r, scale, bias, sums, s, a, reduced, attn_mean, attn_var, *leaves, *(ys if convolution else ()))
+            ctx.save_for_backward(mean, r, scale, bias, *K, s, a, reduced, attn_mean, attn_var, *leaves, *(ys if convolution else ()))
         return v, *moments
 
     @staticmethod
@@ -329,7 +335,7 @@ class _SelectiveKernel(torch.autograd.Function):
         needs = ctx.needs_input_grad[5:]
         if g is None:
             return (None,) * len(ctx.needs_input_grad)
-        mean, r, scale, bias, sums, s, a, reduced, attn_mean, attn_var, *rest = ctx.saved_tensors
+        mean, r, scale, bias, K1, K2, s, a, reduced, attn_mean, attn_var, *rest = ctx.saved_tensors
         leaves = rest[: len(needs)]
         if torch.is_grad_enabled():
             return None, None, None, None, None, *_differentiable(_SelectiveKernel, ctx.call, [*norms, attn_norm], g, leaves, needs)
@@ -341,27 +347,28 @@ class _SelectiveKernel(torch.autograd.Function):
         count, images = ctx.counts
 
         # The reducing pass: Σ g·u is the gradient of a.
-        R = backend.squeeze(ys, mean, scale, bias, *act, 3, g)
-        ds, *dattn = _attend_backward(backend, attn_norm, R[0], a, s, reduced, attn_mean, attn_var, images, *attn)
+        da, R1, R2 = backend.squeeze(ys, mean, scale, bias, *act, 3, g)
+        ds, *dattn = _attend_backward(backend, attn_norm, da, a, s, reduced, attn_mean, attn_var, images, *attn)
         t = ds / (H * W)
         # Σ dz and Σ dz·(y − mean) over the batch and the pixels, from dz = act'(z)·(a·g + t).
-        totals = (a * R[1:] + t[:, None] * sums[1:]).sum(1)
-        dbias, dscale = totals
+        dbias, dscale = (torch.addcmul(a * R, t[:, None], K).sum(0) for R, K in ((R1, K1), (R2, K2)))
+        dweight = r * dscale
 
         # The writing pass.
         dtensors = [None] * len(tensors)
         if any(needs[-len(tensors) :]):
             p = q = torch.zeros_like(scale)
             if training:
-                p, q = totals if group is None else synchronize.summed(totals, group)
-                p, q = scale * p / count, scale * r * r * q / count
+                p, q = (dbias, dweight) if group is None else synchronize.summed(torch.stack([dbias, dweight]), group)
+                share = scale / count
+                p, q = share * p, share * r * q
             if convolution is None:
                 dtensors = backend.select_backward(g, ys, mean, scale, bias, a, t, p, q, *act)
             else:
                 (x,), kernels = _in_one_layout(tensors[:1]), _in_one_layout(tensors[1:])
                 dx, dkernels = backend.branch_backward(g, x, kernels, *convolution, ys, mean, scale, bias, a, t, p, q, *act)
                 dtensors = dx, *dkernels
-        gradients = *dattn, *(r * dscale), *dbias, *dtensors
+        gradients = *dattn, *dweight, *dbias, *dtensors
         return None, None, None, None, None, *(gradient if need else None for gradient, need in zip(gradients, needs))
 
 
@@ -443,16 +450,22 @@ def _check(branches: Sequence[Tensor], norms: Sequence[BatchNorm], fc_reduce: Te
             )
         if y.dtype != first.dtype:
             raise TypeError(f"branches: expected one dtype, got {first.dtype} and {y.dtype}")
-    if first.numel() == 0 and norms[0].group is None:
-        raise ValueError(f"branches: expected at least one value, got shape {tuple(first.shape)}")
-    if len(norms) != len(branches):
-        raise ValueError(f"norms: expected one for each of the {len(branches)} branches, got {len(norms)}")
+    _check_unit(first, first.shape, len(branches), norms, fc_reduce, fc_select, activation)
+
+
+def _check_unit(like: Tensor, shape: torch.Size, M: int, norms: Sequence[BatchNorm], fc_reduce: Tensor, fc_select: Tensor, activation: str) -> None:
+    """Of M branches of this shape, on the device of `like`."""
+    if len(norms) != M:
+        raise ValueError(f"norms: expected one for each of the {M} branches, got {len(norms)}")
+    # Of a batch over several processes, this one's part may be empty.
+    if shape.numel() == 0 and norms[0].group is None:
+        raise ValueError(f"branches: expected at least one value, got shape {tuple(shape)}")
     reason = why_not_together(norms)
     if reason:
         raise ValueError(f"norms: {reason}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    _check_attention(first, first.shape[1], fc_reduce, fc_select, len(branches))
+    _check_attention(like, shape[1], fc_reduce, fc_select, M)
 
 
 def _check_attention(like: Tensor, C: int, fc_reduce: Tensor, fc_select: Tensor, M: int | None = None) -> None:

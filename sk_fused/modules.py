@@ -156,8 +156,8 @@ class FusedSelectiveKernel(nn.Module):
         activation = _activation(paths[0].bn._modules.get("act"))
         convs = [path.conv for path in paths]
         weights = [conv.weight for conv in convs]
-        convolution = convs[0].stride[0], [conv.dilation[0] for conv in convs]
-        if not self.split_input and self._are_plain(convs) and functional.convolves(x, weights, *convolution):
+        convolution = convs[0].stride[0], [conv.dilation[0] for conv in convs], convs[0].groups
+        if self._are_plain(convs) and functional.why_not_convolved(x, weights, *convolution) is None:
             v = functional.convolved_selective_kernel(x, weights, *convolution, norms, fc_reduce, attn_norm, fc_select, *activation)
             _count_batch(attn.bn, *(path.bn for path in paths))
             return v
@@ -171,12 +171,13 @@ class FusedSelectiveKernel(nn.Module):
         return v
 
     def _are_plain(self, convs: Sequence[nn.Module]) -> bool:
-        """Whether these are convolutions that nobody listens to, with one stride, padded by their dilation."""
-        stride = convs[0].stride
+        """Whether these are convolutions that nobody listens to, with one stride and groups, padded by their dilation."""
+        stride, groups = convs[0].stride, convs[0].groups
         return not _hooked(*convs) and all(
             type(conv) is nn.Conv2d
             and conv.bias is None
             and conv.padding_mode == "zeros"
+            and conv.groups == groups
             and conv.stride == stride == (stride[0],) * 2
             and conv.padding == conv.dilation == (conv.dilation[0],) * 2
             for conv in convs

@@ -36,7 +36,7 @@ def test_forward_and_backward(name: str, mode: str, layout: str):
     theirs.train(mode == "train")
     xs = batches(3, (3, UNITS[name]["in_channels"], 9, 7), layout=layout)
     assert_parity(ours, theirs, xs)
-    assert ours(xs[0]).is_contiguous(memory_format=LAYOUTS[layout])
+    assert ours(xs[0].requires_grad_()).is_contiguous(memory_format=LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("name", UNITS)
@@ -129,7 +129,7 @@ def test_opcheck(dtype: torch.dtype, layout: str):
     a, s, t, da = torch.rand(B, M, C).softmax(1), torch.randn(B, C), torch.randn(B, C), torch.randn(B, M, C)
     weight, attn_bias, attn_mean, attn_var = torch.rand(4, D)
     fc_reduce, fc_select = torch.randn(D, C, 1, 1, dtype=dtype), torch.randn(M * C, D, 1, 1, dtype=dtype)
-    convolution = weights, 2, [1, 2]
+    convolution = weights, 2, [1, 2], 4
     ys = [torch.randn(B, C, 4, 3).to(dtype=dtype, memory_format=LAYOUTS[layout]) for _ in range(M)]
     for operator, arguments in {
         native.fold: ([None, weight[:1].expand(C)], [torch.randn(C, dtype=dtype), None], [*mean.to(dtype)], [*var], 1e-5, torch.float32),

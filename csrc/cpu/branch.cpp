@@ -1,60 +1,75 @@
-// branch: the batch statistics of every branch's batch-norm.
+// branch: the operators that convolve, and the batch statistics of every branch's batch-norm.
 
 #ifdef SK_ISA
 
-// The sum over a segment gives its mean, a second look the sum of squared deviations from that mean: right also when
-// |mean| >> std. The second look finds the segment in cache.
+// A first look at a segment gives its mean, as well as a sum in its precision can; a second look, at the deviations from
+// that mean, what it missed, and the sum of squares: right also when |mean| >> std. The second look finds the segment in
+// cache.
 
-// Lanes are channels: adds y, or (y - mean)^2, of kN pixels to total (C).
-template <class T, bool kSquares, int kN>
-SK_INLINE void add_pixels(const T* y, const Accumulate<T>* mean, int64_t C, Accumulate<T>* total) {
+// Lanes are channels: adds kN pixels to sum (C); in the second look the deviations from mean, and to squares (C) their squares.
+template <class T, bool kSecondLook, int kN>
+SK_INLINE void add_pixels(const T* y, const Accumulate<T>* mean, int64_t C, Accumulate<T>* sum, Accumulate<T>* squares) {
   using A = Accumulate<T>;
   int64_t c = 0;
   for (; c + kLanes<A> <= C; c += kLanes<A>) {
-    if constexpr (kN > 1 && !kSquares) prefetch_next_pixels<kN>(y + c, C, c);
-    Vec<A> x = load(total + c);
-    const Vec<A> centre = kSquares ? load(mean + c) : Vec<A>{};
+    if constexpr (kN > 1 && !kSecondLook) prefetch_next_pixels<kN>(y + c, C, c);
+    const Vec<A> centre = kSecondLook ? load(mean + c) : Vec<A>{};
+    Vec<A> total = {}, total_squares = {};
     for (int j = 0; j < kN; ++j) {
       const Vec<A> d = load(y + j * C + c) - centre;
-      x += kSquares ? d * d : d;
+      total += d;
+      if constexpr (kSecondLook) total_squares += d * d;
     }
-    store(total + c, x);
+    store(sum + c, load(sum + c) + total);
+    if constexpr (kSecondLook) store(squares + c, load(squares + c) + total_squares);
   }
   for (; c < C; ++c)
     for (int j = 0; j < kN; ++j) {
-      const A d = static_cast<A>(y[j * C + c]) - (kSquares ? mean[c] : A(0));
-      total[c] += kSquares ? d * d : d;
+      const A d = static_cast<A>(y[j * C + c]) - (kSecondLook ? mean[c] : A(0));
+      sum[c] += d;
+      if constexpr (kSecondLook) squares[c] += d * d;
     }
 }
 
-template <class T, bool kSquares>
-SK_INLINE void add_segment(const T* y, const Accumulate<T>* mean, int64_t pixels, int64_t C, Accumulate<T>* total) {
+template <class T, bool kSecondLook>
+SK_INLINE void add_segment(const T* y, const Accumulate<T>* mean, int64_t pixels, int64_t C, Accumulate<T>* sum, Accumulate<T>* squares) {
   constexpr int64_t kN = kPixelsAtOnce;
-  for (int64_t c = 0; c < C; ++c) total[c] = 0;
+  for (int64_t c = 0; c < C; ++c) sum[c] = 0;
+  if constexpr (kSecondLook)
+    for (int64_t c = 0; c < C; ++c) squares[c] = 0;
   int64_t pixel = 0;
-  for (; pixel + kN <= pixels; pixel += kN) add_pixels<T, kSquares, kN>(y + pixel * C, mean, C, total);
-  for (; pixel < pixels; ++pixel) add_pixels<T, kSquares, 1>(y + pixel * C, mean, C, total);
+  for (; pixel + kN <= pixels; pixel += kN) add_pixels<T, kSecondLook, kN>(y + pixel * C, mean, C, sum, squares);
+  for (; pixel < pixels; ++pixel) add_pixels<T, kSecondLook, 1>(y + pixel * C, mean, C, sum, squares);
 }
 
-template <class A, bool kSquares> SK_INLINE void add_one(Vec<A>& total, Vec<A> d) { total += kSquares ? d * d : d; }
-
-// Lanes are pixels: the sum of y, or of (y - mean)^2, over a row.
-template <class T, bool kSquares> SK_INLINE Accumulate<T> sum_row(const T* y, Accumulate<T> mean, int64_t pixels) {
+// Lanes are pixels: the sum over a row of y; in the second look of the deviations from mean, and of their squares.
+template <class T, bool kSecondLook>
+SK_INLINE Accumulate<T> sum_row(const T* y, Accumulate<T> mean, int64_t pixels, Accumulate<T>* squares) {
   using A = Accumulate<T>;
   constexpr int64_t L = kLanes<A>;
-  Vec<A> total[4] = {};
+  Vec<A> total[4] = {}, total_squares[4] = {};
   int64_t i = 0;
   for (; i + 4 * L <= pixels; i += 4 * L)
-    for (int j = 0; j < 4; ++j) add_one<A, kSquares>(total[j], load(y + i + j * L) - mean);
-  for (; i + L <= pixels; i += L) add_one<A, kSquares>(total[0], load(y + i) - mean);
-  if (i < pixels) add_one<A, kSquares>(total[1], (load<T>(y + i, pixels - i) - mean) * mask<A>(pixels - i));
+    for (int j = 0; j < 4; ++j) {
+      const Vec<A> d = load(y + i + j * L) - mean;
+      total[j] += d;
+      if constexpr (kSecondLook) total_squares[j] += d * d;
+    }
+  for (; i < pixels; i += L) {
+    const Vec<A> d = i + L <= pixels ? load(y + i) - mean : (load<T>(y + i, pixels - i) - mean) * mask<A>(pixels - i);
+    total[0] += d;
+    if constexpr (kSecondLook) total_squares[0] += d * d;
+  }
+  if constexpr (kSecondLook) *squares = sum<A>((total_squares[0] + total_squares[1]) + (total_squares[2] + total_squares[3]));
   return sum<A>((total[0] + total[1]) + (total[2] + total[3]));
 }
 
-// moments: (B, S, 2, M, C), the mean and the sum of squared deviations of every segment. A task is a segment where lanes
-// are channels, one channel of a segment where they are pixels.
+// moments: (B, S, 2, M, C), of every segment its mean and the sum of the squares of the deviations from it; missed: (B, S,
+// M, C), the sum of these deviations. A task is a segment where lanes are channels, one channel of a segment where they
+// are pixels.
 template <class T>
-void branch_statistics_tasks(const Branches<T>& v, const Segments& segments, Accumulate<T>* moments, int64_t first, int64_t last) {
+void branch_statistics_tasks(const Branches<T>& v, const Segments& segments, Accumulate<T>* moments, Accumulate<T>* missed, int64_t first,
+                             int64_t last) {
   using A = Accumulate<T>;
   const int64_t channels = v.channels_last ? 1 : v.C;
   for (int64_t task = first; task < last; ++task) {
@@ -62,27 +77,26 @@ void branch_statistics_tasks(const Branches<T>& v, const Segments& segments, Acc
     const int64_t start = segment % segments.per_image * segments.pixels;
     const int64_t pixels = v.HW - start < segments.pixels ? v.HW - start : segments.pixels;
     for (int64_t m = 0; m < v.M; ++m) {
-      A* const mean = moments + (segment * 2 * v.M + m) * v.C;
-      A* const squares = mean + v.M * v.C;
+      A *const mean = moments + (segment * 2 * v.M + m) * v.C, *const squares = mean + v.M * v.C;
+      A* const sum = missed + (segment * v.M + m) * v.C;
       if (!v.channels_last) {
         const int64_t c = task % channels;
         const T* const row = v.y[m] + (b * v.C + c) * v.HW + start;
-        mean[c] = sum_row<T, false>(row, 0, pixels) / static_cast<A>(pixels);
-        squares[c] = sum_row<T, true>(row, mean[c], pixels);
+        mean[c] = sum_row<T, false>(row, 0, pixels, nullptr) / static_cast<A>(pixels);
+        sum[c] = sum_row<T, true>(row, mean[c], pixels, squares + c);
         continue;
       }
       const T* const y = v.y[m] + (b * v.HW + start) * v.C;
-      add_segment<T, false>(y, nullptr, pixels, v.C, mean);
+      add_segment<T, false>(y, nullptr, pixels, v.C, mean, nullptr);
       for (int64_t c = 0; c < v.C; ++c) mean[c] /= static_cast<A>(pixels);
-      add_segment<T, true>(y, mean, pixels, v.C, squares);
+      add_segment<T, true>(y, mean, pixels, v.C, sum, squares);
     }
   }
 }
 
 #else
 
-#include "common.h"
-#include "operators.h"
+#include "convolutions.h"
 
 #define SK_KERNELS "branch.cpp"
 #include "foreach_isa.h"
@@ -90,24 +104,24 @@ void branch_statistics_tasks(const Branches<T>& v, const Segments& segments, Acc
 namespace sk {
 
 template <class A>
-void join_moments(const A* moments, const Segments& segments, int64_t B, int64_t HW, int64_t channels, A* mean, A* var) {
+void join_moments(const A* moments, const A* missed, const Segments& segments, int64_t B, int64_t HW, int64_t channels, A* mean, A* var) {
   const int64_t parts = B * segments.per_image;
   const double count = static_cast<double>(B) * HW;
   std::vector<double> average(channels), square(channels);
   const auto pixels = [&](int64_t part) {
     return static_cast<double>(std::min(segments.pixels, HW - part % segments.per_image * segments.pixels));
   };
+  // Of a part of n pixels: the mean, to more than A's precision.
+  const auto mean_of = [&](int64_t part, double n, int64_t c) { return moments[part * 2 * channels + c] + missed[part * channels + c] / n; };
   for (int64_t part = 0; part < parts; ++part) {
-    const A* const part_mean = moments + part * 2 * channels;
-    const double share = pixels(part) / count;
-    for (int64_t c = 0; c < channels; ++c) average[c] += share * part_mean[c];
+    const double n = pixels(part);
+    for (int64_t c = 0; c < channels; ++c) average[c] += n / count * mean_of(part, n, c);
   }
   for (int64_t part = 0; part < parts; ++part) {
-    const A* const part_mean = moments + part * 2 * channels;
     const double n = pixels(part);
     for (int64_t c = 0; c < channels; ++c) {
-      const double d = part_mean[c] - average[c];
-      square[c] += part_mean[channels + c] + n * d * d;
+      const double d = mean_of(part, n, c) - average[c], sum = missed[part * channels + c];
+      square[c] += moments[(part * 2 + 1) * channels + c] - sum * (sum / n) + n * d * d;
     }
   }
   for (int64_t c = 0; c < channels; ++c) {
@@ -116,8 +130,8 @@ void join_moments(const A* moments, const Segments& segments, int64_t B, int64_t
   }
 }
 
-template void join_moments<float>(const float*, const Segments&, int64_t, int64_t, int64_t, float*, float*);
-template void join_moments<double>(const double*, const Segments&, int64_t, int64_t, int64_t, double*, double*);
+template void join_moments<float>(const float*, const float*, const Segments&, int64_t, int64_t, int64_t, float*, float*);
+template void join_moments<double>(const double*, const double*, const Segments&, int64_t, int64_t, int64_t, double*, double*);
 
 std::tuple<Tensor, Tensor> branch_statistics_cpu(TensorList ys) {
   check_branches(ys);
@@ -128,16 +142,143 @@ std::tuple<Tensor, Tensor> branch_statistics_cpu(TensorList ys) {
   dispatch(ys[0].scalar_type(), [&]<class T>() {
     using A = Accumulate<T>;
     const Branches<T> v(ys);
-    const Segments segments(v.C, v.HW, v.channels_last);
-    Tensor moments = at::empty({v.B * segments.per_image, 2, M, C}, options);
-    A* const out = moments.data_ptr<A>();
+    // Only the deviations from a mean have to be precise here.
+    const Segments segments(v.C, v.HW, v.channels_last, 512);
+    Tensor moments = at::empty({v.B * segments.per_image, 2, M, C}, options), missed = at::empty({v.B * segments.per_image, M, C}, options);
+    A *const out = moments.data_ptr<A>(), *const missed_out = missed.data_ptr<A>();
     const auto kernel = SK_PICK(branch_statistics_tasks<T>);
     const int64_t channels = v.channels_last ? 1 : C;
     at::parallel_for(0, v.B * segments.per_image * channels, grain(v.M * std::min(v.HW, segments.pixels) * C / channels),
-                     [&](int64_t first, int64_t last) { kernel(v, segments, out, first, last); });
-    join_moments<A>(out, segments, v.B, v.HW, M * C, mean.data_ptr<A>(), var.data_ptr<A>());
+                     [&](int64_t first, int64_t last) { kernel(v, segments, out, missed_out, first, last); });
+    join_moments<A>(out, missed_out, segments, v.B, v.HW, M * C, mean.data_ptr<A>(), var.data_ptr<A>());
   });
   return {mean, var};
+}
+
+Convolutions check_convolutions(const Tensor& x, TensorList weights, int64_t stride, at::IntArrayRef dilations, int64_t groups) {
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.numel() > 0, "x: expected shape (B, C, H, W) without a 0, got ", x.sizes());
+  TORCH_CHECK_VALUE(x.device().is_cpu(), "x: expected a CPU tensor, got one on ", x.device());
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf,
+                   "x: expected float32, bfloat16 or float16, got ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.is_contiguous(layout(x)), "x: expected contiguous or channels_last, got strides ", x.strides());
+  const int64_t M = weights.size(), C = x.size(1), H = x.size(2), W = x.size(3);
+  TORCH_CHECK_VALUE(M >= 1 && M <= kMaxBranches, "weights: expected 1 to ", kMaxBranches, " branches, got ", M);
+  TORCH_CHECK_VALUE(static_cast<int64_t>(dilations.size()) == M, "dilations: expected one for each of ", M, " branches, got ", dilations.size());
+  TORCH_CHECK_VALUE(stride == 1 || stride == 2, "stride: expected 1 or 2, got ", stride);
+  TORCH_CHECK_VALUE(groups >= 1, "groups: expected at least 1, got ", groups);
+  for (int64_t m = 0; m < M; ++m) {
+    const Tensor& w = weights[m];
+    TORCH_CHECK_VALUE(w.dim() == 4 && w.sizes() == weights[0].sizes() && w.size(0) % groups == 0 && w.size(2) == 3 && w.size(3) == 3,
+                      "weights: expected all of shape (a multiple of groups = ", groups, ", inputs, 3, 3), got ", weights[0].sizes(), " and ", w.sizes());
+    TORCH_CHECK_VALUE(w.device().is_cpu(), "weights: expected CPU tensors, got one on ", w.device());
+    TORCH_CHECK_TYPE(w.scalar_type() == x.scalar_type(), "weights: expected ", x.scalar_type(), ", got ", w.scalar_type());
+    TORCH_CHECK_VALUE(w.is_contiguous(layout(weights[0])), "weights: expected all in one layout, got strides ", weights[0].strides(), " and ", w.strides());
+    TORCH_CHECK_VALUE(dilations[m] >= 1 && dilations[m] <= kMaxDilation, "dilations: expected 1 to ", kMaxDilation, ", got ", dilations[m]);
+  }
+  const int64_t inputs = weights[0].size(1), outputs = weights[0].size(0) / groups;
+  const bool split = C != inputs * groups, channels_last = !x.is_contiguous();
+  TORCH_CHECK_VALUE(!split || C == inputs * groups * M, "x: expected ", inputs * groups, " channels, or ", inputs * groups * M, " to be split, got ", C);
+  const bool weights_channels_last = layout(weights[0]) == at::MemoryFormat::ChannelsLast;
+  Convolutions s{.in = {C, H, W, channels_last},
+                 .out = {outputs * groups, (H - 1) / stride + 1, (W - 1) / stride + 1, channels_last},
+                 .B = x.size(0),
+                 .M = M,
+                 .groups = groups,
+                 .inputs = inputs,
+                 .outputs = outputs,
+                 .stride = stride,
+                 .halo = *std::max_element(dilations.begin(), dilations.end()),
+                 .split = split,
+                 .channel_step = weights_channels_last ? 1 : 9,
+                 .tap_step = weights_channels_last ? inputs : 1,
+                 .dilation = {}};
+  std::copy(dilations.begin(), dilations.end(), s.dilation);
+  TORCH_CHECK_VALUE(s.direct() || s.winograd(), "weights: expected multiples of 16 channels a group, in and out, and stride 1, or 4, 8, 16 or 32, got ",
+                    inputs, " in, ", outputs, " out, stride ", stride);
+  return s;
+}
+
+static std::vector<Tensor> packed_weights(const Convolutions& s, TensorList weights) {
+  std::vector<Tensor> packed;
+  dispatch_convolution(weights[0].scalar_type(), [&]<class T>() {
+    for (const auto& w : weights) {
+      packed.push_back(at::empty({w.numel()}, at::kFloat));
+      pack_weights(s, w.const_data_ptr<T>(), nullptr, packed.back().template data_ptr<float>());
+    }
+  });
+  return packed;
+}
+
+static Tensor output_like(const Convolutions& s, const Tensor& x, int64_t images) {
+  return at::empty({images, s.out.C, s.out.H, s.out.W}, x.options().memory_format(layout(x)));
+}
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor> branch_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArrayRef dilations, int64_t groups) {
+  const Convolutions s = check_convolutions(x, weights, stride, dilations, groups);
+  std::vector<Tensor> ys;
+  for (int64_t m = 0; m < s.M; ++m) ys.push_back(output_like(s, x, s.B));
+  if (s.winograd()) {
+    branch_winograd(s, x, packed_weights(s, weights), ys);
+    const auto [mean, var] = branch_statistics_cpu(ys);
+    return {ys, mean, var};
+  }
+  Tensor mean = at::empty({s.M, s.out.C}, at::kFloat), var = at::empty({s.M, s.out.C}, at::kFloat);
+  branch_direct(s, x, weights, ys, mean, var);
+  return {ys, mean, var};
+}
+
+std::tuple<Tensor, std::vector<Tensor>> branch_backward_cpu(const Tensor& g, const Tensor& x, TensorList weights, int64_t stride,
+                                                            at::IntArrayRef dilations, int64_t groups, TensorList ys, const Tensor& mean,
+                                                            const Tensor& scale, const Tensor& bias, const Tensor& a, const Tensor& t,
+                                                            const Tensor& p, const Tensor& q, c10::string_view activation,
+                                                            double negative_slope) {
+  const Convolutions s = check_convolutions(x, weights, stride, dilations, groups);
+  check_select_backward(g, ys, mean, scale, bias, a, t, p, q);
+  const int64_t shape[] = {s.B, s.out.C, s.out.H, s.out.W};
+  TORCH_CHECK_VALUE(ys.size() == weights.size() && ys[0].sizes() == at::IntArrayRef(shape), "ys: expected ", s.M, " branches of shape ",
+                    at::IntArrayRef(shape), ", got ", ys.size(), " of ", ys[0].sizes());
+  TORCH_CHECK_TYPE(ys[0].scalar_type() == x.scalar_type(), "ys: expected ", x.scalar_type(), ", got ", ys[0].scalar_type());
+  TORCH_CHECK_VALUE(ys[0].is_contiguous(layout(x)), "ys: expected the layout of x, got strides ", ys[0].strides());
+  Tensor dx = at::empty_like(x, layout(x));
+  std::vector<Tensor> dweights;
+  for (const auto& w : weights) dweights.push_back(at::empty_like(w, at::MemoryFormat::Contiguous));
+  if (s.winograd()) {
+    const auto dys = select_backward_cpu(g, ys, mean, scale, bias, a, t, p, q, activation, negative_slope);
+    branch_winograd_backward(s, x, weights, dys, dx, dweights);
+  } else {
+    branch_direct_backward(s, g, x, weights, ys, mean, scale, bias, a, t, p, q, activation, negative_slope, dx, dweights);
+  }
+  return {dx, dweights};
+}
+
+// Of the branches in flight, for each thread: what its share of the last-level cache holds on today's servers.
+constexpr int64_t kCacheBytes = 2 << 20;
+
+Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArrayRef dilations, int64_t groups, const Tensor& mean,
+                const Tensor& scale, const Tensor& bias, const Tensor& fc_reduce, const Tensor& attn_weight, const Tensor& attn_bias,
+                const Tensor& attn_mean, const Tensor& attn_var, double attn_eps, const Tensor& fc_select, c10::string_view activation,
+                double negative_slope) {
+  const Convolutions s = check_convolutions(x, weights, stride, dilations, groups);
+  for (const auto& [name, array] : {std::pair<const char*, const Tensor&>{"mean", mean}, {"scale", scale}, {"bias", bias}})
+    check_array(array, name, at::kFloat, {s.M, s.out.C});
+  TORCH_CHECK_VALUE(fc_select.size(0) == s.M * s.out.C, "fc_select: expected ", s.M, " * ", s.out.C, " rows, got ", fc_select.size(0));
+  const Attention attention{fc_reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, fc_select};
+  const int64_t images = std::clamp<int64_t>(at::get_num_threads() * kCacheBytes / (s.M * s.out.C * s.out.pixels() * 4), 1, s.B);
+  if (!s.winograd()) return unit_direct(s, x, weights, images, mean, scale, bias, attention, activation, negative_slope);
+  Tensor v = output_like(s, x, s.B);
+  const auto packed = packed_weights(s, weights);
+  std::vector<Tensor> ys;
+  for (int64_t m = 0; m < s.M; ++m) ys.push_back(output_like(s, x, images));
+  for (int64_t image = 0; image < s.B; image += images) {
+    Convolutions part = s;
+    part.B = std::min(images, s.B - image);
+    for (auto& y : ys) y = y.narrow(0, 0, part.B);
+    branch_winograd(part, x.narrow(0, image, part.B), packed, ys);
+    const auto sums = squeeze_cpu(ys, mean, scale, bias, activation, negative_slope, 1, std::nullopt);
+    const Tensor a = attention(sums[0].sum(1) / static_cast<double>(s.out.pixels()));
+    select_out(v.narrow(0, image, part.B), ys, mean, scale, bias, a, activation, negative_slope);
+  }
+  return v;
 }
 
 }  // namespace sk

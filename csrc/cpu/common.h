@@ -65,20 +65,22 @@ template <class T> struct Branches {
 constexpr int kPixelsAtOnce = 4;
 
 // The reductions sum a segment of pixels of one image at a time, and then the segments in their order: the result does
-// not depend on the number of threads. A segment is short enough that a second look at it finds it in cache, and that a
-// float32 sum over it is exact to a few ulp.
+// not depend on the number of threads. A segment is short enough that a second look at it finds it in cache. In
+// channels_last, where one lane adds up all of a channel, it is at most `longest` pixels, for the sake of precision.
 struct Segments {
   int64_t pixels, per_image;
   // One for each image.
   explicit Segments(int64_t HW) : pixels(HW), per_image(1) {}
-  Segments(int64_t C, int64_t HW, bool channels_last)
-      : pixels(channels_last ? std::max<int64_t>(1, 32768 / std::max<int64_t>(1, C)) : 4096), per_image((HW + pixels - 1) / pixels) {}
+  Segments(int64_t C, int64_t HW, bool channels_last, int64_t longest = 128)
+      : pixels(channels_last ? std::clamp<int64_t>(32768 / std::max<int64_t>(1, C), 1, longest) : 4096),
+        per_image((HW + pixels - 1) / pixels) {}
 };
 
-// moments (B, per_image, 2, channels), the mean and the sum of squared deviations of every segment, joined (Chan, Golub,
-// LeVeque 1979, formula 2.1, for many parts at once). In branch.cpp.
+// Of every segment, moments (B, per_image, 2, channels): a value near its mean, and the sum of the squares of the deviations
+// from it; missed (B, per_image, channels): the sum of these deviations. Joined to the mean and the variance of all (Chan,
+// Golub, LeVeque 1979, formula 2.1, for many parts at once). In branch.cpp.
 template <class A>
-void join_moments(const A* moments, const Segments& segments, int64_t B, int64_t HW, int64_t channels, A* mean, A* var);
+void join_moments(const A* moments, const A* missed, const Segments& segments, int64_t B, int64_t HW, int64_t channels, A* mean, A* var);
 
 // Rows per task so that a task is worth a thread: about 32 Ki elements.
 inline int64_t grain(int64_t elements_per_row) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, elements_per_row)); }

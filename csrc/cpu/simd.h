@@ -15,6 +15,7 @@ template <> struct Simd<double> {
 
 template <class A> using Vec = typename Simd<A>::type;
 template <class A> constexpr int kLanes = SK_VECTOR_BYTES / sizeof(A);
+inline int64_t lanes() { return kLanes<float>; }
 
 template <class A> SK_INLINE Vec<A> splat(A value) { return value - Vec<A>{}; }
 

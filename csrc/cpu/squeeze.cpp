@@ -42,30 +42,39 @@ SK_INLINE void pool_pixels(const Branches<T>& v, int64_t m, const T* y, const T*
       if constexpr (kWeighted) prefetch_next_pixels<kN>(g + c, v.C, c);
     }
     PooledSums<T, kAct, kSums> sums[1];
-    for (int i = 0; i < kSums; ++i) sums[0].sums[i] = load(out + i * v.M * v.C + c);
     pool<T, kAct, kSums, kWeighted, true, kN, false>(v, m * v.C + c, y + c, g + c, v.C, 0, sums);
-    for (int i = 0; i < kSums; ++i) store(out + i * v.M * v.C + c, sums[0].sums[i]);
+    for (int i = 0; i < kSums; ++i) {
+      A* const total = out + i * v.M * v.C + c;
+      store(total, load(total) + sums[0].sums[i]);
+    }
   }
   if (c < v.C) {
     const int64_t n = v.C - c;
     PooledSums<T, kAct, kSums> sums[1];
-    for (int i = 0; i < kSums; ++i) sums[0].sums[i] = load(out + i * v.M * v.C + c, n);
     pool<T, kAct, kSums, kWeighted, true, kN, true>(v, m * v.C + c, y + c, g + c, v.C, n, sums);
-    for (int i = 0; i < kSums; ++i) store(out + i * v.M * v.C + c, sums[0].sums[i], n);
+    for (int i = 0; i < kSums; ++i) {
+      A* const total = out + i * v.M * v.C + c;
+      store(total, load(total, n) + sums[0].sums[i], n);
+    }
   }
 }
 
-// Lanes are pixels: out[i][m][c] for one channel.
+// Lanes are pixels: out[i][m][c] for one channel. Summed in blocks, so that no long chain of additions rounds one way.
 template <class T, Activation kAct, int kSums, bool kWeighted>
 SK_INLINE void pool_row(const Branches<T>& v, int64_t at, const T* y, const T* g, int64_t pixels, Accumulate<T>* out) {
   using A = Accumulate<T>;
   constexpr int64_t L = kLanes<A>;
-  PooledSums<T, kAct, kSums> sums[2];
-  int64_t i = 0;
-  for (; i + 4 * L <= pixels; i += 4 * L) pool<T, kAct, kSums, kWeighted, false, 4, false>(v, at, y + i, g + i, L, 0, sums);
-  for (; i + L <= pixels; i += L) pool<T, kAct, kSums, kWeighted, false, 1, false>(v, at, y + i, g + i, L, 0, sums);
-  if (i < pixels) pool<T, kAct, kSums, kWeighted, false, 1, true>(v, at, y + i, g + i, L, pixels - i, sums);
-  for (int s = 0; s < kSums; ++s) out[s * v.M * v.C] = sum<A>(sums[0].sums[s] + sums[1].sums[s]);
+  Vec<A> total[kSums] = {};
+  for (int64_t i = 0; i < pixels;) {
+    const int64_t end = pixels - i < 64 * L ? pixels : i + 64 * L;
+    PooledSums<T, kAct, kSums> sums[2];
+    for (; i + 4 * L <= end; i += 4 * L) pool<T, kAct, kSums, kWeighted, false, 4, false>(v, at, y + i, g + i, L, 0, sums);
+    for (; i + L <= end; i += L) pool<T, kAct, kSums, kWeighted, false, 1, false>(v, at, y + i, g + i, L, 0, sums);
+    if (i < end) pool<T, kAct, kSums, kWeighted, false, 1, true>(v, at, y + i, g + i, L, end - i, sums);
+    i = end;
+    for (int s = 0; s < kSums; ++s) total[s] += sums[0].sums[s] + sums[1].sums[s];
+  }
+  for (int s = 0; s < kSums; ++s) out[s * v.M * v.C] = sum<A>(total[s]);
 }
 
 // out: (B, S, kSums, M, C). A task is a segment where lanes are channels, one channel of a segment where they are pixels.
@@ -106,20 +115,21 @@ void squeeze_tasks(const Branches<T>& v, const T* g, const Segments& segments, A
 
 namespace sk {
 
-Tensor squeeze_cpu(TensorList ys, const Tensor& mean, const Tensor& scale, const Tensor& bias, c10::string_view activation,
-                   double negative_slope, int64_t sums, const std::optional<Tensor>& g) {
+std::vector<Tensor> squeeze_cpu(TensorList ys, const Tensor& mean, const Tensor& scale, const Tensor& bias, c10::string_view activation,
+                                double negative_slope, int64_t sums, const std::optional<Tensor>& g) {
   check_normalized(ys, mean, scale, bias);
   TORCH_CHECK_VALUE(sums == 1 || sums == 3, "sums: expected 1 or 3, got ", sums);
   TORCH_CHECK_VALUE(!g || sums == 3, "sums: expected 3 with g, got ", sums);
   if (g) check_like(*g, "g", ys[0]);
   const int64_t M = ys.size(), B = ys[0].size(0), C = ys[0].size(1);
-  Tensor out = at::zeros({sums, B, M, C}, mean.options());
+  std::vector<Tensor> out;
+  for (int64_t i = 0; i < sums; ++i) out.push_back(at::zeros({B, M, C}, mean.options()));
   dispatch(ys[0].scalar_type(), activation, [&]<class T, Activation kAct>() {
     using A = Accumulate<T>;
     const Branches<T> v(ys, mean, scale, bias, negative_slope);
     const Segments segments(C, v.HW, v.channels_last);
     Tensor parts = at::empty({B * segments.per_image, sums, M * C}, mean.options());
-    A *const part = parts.data_ptr<A>(), *const total = out.data_ptr<A>();
+    A* const part = parts.data_ptr<A>();
     const T* const weight = g ? g->const_data_ptr<T>() : nullptr;
     const auto kernel = g           ? SK_PICK(squeeze_tasks<T, kAct, 3, true>)
                         : sums == 3 ? SK_PICK(squeeze_tasks<T, kAct, 3, false>)
@@ -127,12 +137,14 @@ Tensor squeeze_cpu(TensorList ys, const Tensor& mean, const Tensor& scale, const
     const int64_t channels = v.channels_last ? 1 : C;
     at::parallel_for(0, B * segments.per_image * channels, grain(M * std::min(v.HW, segments.pixels) * C / channels),
                      [&](int64_t first, int64_t last) { kernel(v, weight, segments, part, first, last); });
-    for (int64_t segment = 0; segment < B * segments.per_image; ++segment)
-      for (int64_t i = 0; i < sums; ++i) {
-        A* const to = total + (i * B + segment / segments.per_image) * M * C;
-        const A* const from = part + (segment * sums + i) * M * C;
-        for (int64_t c = 0; c < M * C; ++c) to[c] += from[c];
-      }
+    at::parallel_for(0, B, grain(segments.per_image * sums * M * C), [&](int64_t first, int64_t last) {
+      for (int64_t segment = first * segments.per_image; segment < last * segments.per_image; ++segment)
+        for (int64_t i = 0; i < sums; ++i) {
+          A* const to = out[i].data_ptr<A>() + segment / segments.per_image * M * C;
+          const A* const from = part + (segment * sums + i) * M * C;
+          for (int64_t c = 0; c < M * C; ++c) to[c] += from[c];
+        }
+    });
   });
   return out;
 }

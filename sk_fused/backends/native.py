@@ -29,17 +29,24 @@ def why_not(branches: Sequence[Tensor]) -> str | None:
     return None
 
 
-def why_not_convolve(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int]) -> str | None:
-    """The reason why these convolutions are left to PyTorch, or None."""
-    C, groups = x.shape[1], weights[0].shape[1]
-    if x.dtype == torch.float64:
-        return "the native convolutions take float32, bfloat16 and float16, x is torch.float64"
-    if groups not in (4, 8, 16, 32) or any(w.shape != (C, groups, 3, 3) for w in weights):
-        shapes = ", ".join(str(tuple(w.shape)) for w in weights)
-        return f"the native convolutions are 3 × 3, with 4, 8, 16 or 32 channels a group, in and out; the weights are {shapes}, x has {C} channels"
-    if stride not in (1, 2) or not all(1 <= d <= 3 for d in dilations) or len(weights) > 8:
-        return f"the native convolutions have stride 1 or 2, dilation 1 to 3 and at most 8 branches, got {stride}, {dilations}, {len(weights)}"
-    return None
+def why_not_convolve(
+    shape: torch.Size, dtype: torch.dtype, weights: Sequence[torch.Size], stride: int, dilations: Sequence[int], groups: int
+) -> str | None:
+    """The reason why convolutions of an x of this shape and dtype are left to PyTorch, or None."""
+    inputs, outputs, M = weights[0][1], weights[0][0] // groups, len(weights)
+    if any(w != (groups * outputs, inputs, 3, 3) for w in weights) or shape[1] not in (groups * inputs, M * groups * inputs):
+        return f"the native convolutions are 3 × 3 of one input or of its parts, got weights {[tuple(w) for w in weights]} for {shape[1]} channels"
+    if M > 8 or not all(1 <= d <= 3 for d in dilations):
+        return f"the native convolutions have at most 8 branches and dilations from 1 to 3, got {M} and {list(dilations)}"
+    if inputs == outputs and inputs in (4, 8, 16, 32) and shape[1] == groups * inputs and stride in (1, 2) and dtype != torch.float64:
+        return None
+    # In half precision the library's dense convolutions use instructions for it, and are faster.
+    if inputs % 16 == 0 and outputs % 16 == 0 and stride == 1 and dtype == torch.float32:
+        return None
+    return (
+        "the native convolutions are for 4, 8, 16 or 32 channels a group, in and out, of one input, with stride 1 or 2, in float32, bfloat16 "
+        f"or float16; or for multiples of 16, with stride 1, in float32; got {inputs} in, {outputs} out, stride {stride}, {dtype}"
+    )
 
 
 if _C is not None:
@@ -54,27 +61,27 @@ if _C is not None:
     select = torch.ops.sk_fused.select.default
     select_backward = torch.ops.sk_fused.select_backward.default
 
-    def _output(x: Tensor, stride: int) -> Tensor:
+    def _output(x: Tensor, weights: Sequence[Tensor], stride: int) -> Tensor:
         layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-        B, C, H, W = x.shape
-        return torch.empty((B, C, (H - 1) // stride + 1, (W - 1) // stride + 1), dtype=x.dtype, device=x.device, memory_format=layout)
+        B, _, H, W = x.shape
+        return torch.empty((B, weights[0].shape[0], (H - 1) // stride + 1, (W - 1) // stride + 1), dtype=x.dtype, device=x.device, memory_format=layout)
 
     @torch.library.register_fake("sk_fused::fold")
     def _(weights, biases, means, variances, eps, dtype):
         return tuple(means[0].new_empty((len(means), *means[0].shape), dtype=dtype) for _ in range(4))
 
     @torch.library.register_fake("sk_fused::branch")
-    def _(x, weights, stride, dilations):
-        statistics = [x.new_empty((len(weights), x.shape[1]), dtype=torch.float32) for _ in range(2)]
-        return [_output(x, stride) for _ in weights], *statistics
+    def _(x, weights, stride, dilations, groups):
+        statistics = [x.new_empty((len(weights), weights[0].shape[0]), dtype=torch.float32) for _ in range(2)]
+        return [_output(x, weights, stride) for _ in weights], *statistics
 
     @torch.library.register_fake("sk_fused::branch_backward")
-    def _(g, x, weights, stride, dilations, ys, mean, scale, bias, a, t, p, q, activation, negative_slope):
+    def _(g, x, weights, stride, dilations, groups, ys, mean, scale, bias, a, t, p, q, activation, negative_slope):
         return torch.empty_like(x), [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
 
     @torch.library.register_fake("sk_fused::unit")
-    def _(x, weights, stride, dilations, mean, scale, bias, fc_reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, fc_select, activation, negative_slope):
-        return _output(x, stride)
+    def _(x, weights, stride, dilations, groups, mean, scale, bias, fc_reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, fc_select, activation, negative_slope):
+        return _output(x, weights, stride)
 
     @torch.library.register_fake("sk_fused::branch_statistics")
     def _(ys):
@@ -83,7 +90,7 @@ if _C is not None:
 
     @torch.library.register_fake("sk_fused::squeeze")
     def _(ys, mean, scale, bias, activation, negative_slope, sums, g=None):
-        return mean.new_empty((sums, ys[0].shape[0], *mean.shape))
+        return [mean.new_empty((ys[0].shape[0], *mean.shape)) for _ in range(sums)]
 
     @torch.library.register_fake("sk_fused::attend")
     def _(s, fc_reduce, weight, bias, mean, var, eps, fc_select):

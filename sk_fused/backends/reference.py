@@ -1,15 +1,17 @@
 """The functions of a backend in plain PyTorch: their specification, and what runs where no kernel can.
 
-The first three are for branches that are convolved here, w_m ∗ x, 3 × 3, padded by their dilation; the others go on from
-the branches.
+The first three are for branches that are convolved here, w_m ∗ x_m, 3 × 3, padded by their dilation, x_m being x or the
+m-th part of its channels; the others go on from the branches.
 
 Shapes, in every backend: `ys` are the M branches (B, C, H, W), dense and in one layout; `mean`, `scale`, `bias`, `p`,
-`q` are (M, C); `a` is (B, M, C); `s` and `t` are (B, C); `x` is (B, C, H', W'), `weights` are M (C, C/groups, 3, 3); `fc_reduce` is (D, C) or (D, C, 1, 1), `fc_select` (M·C, D) or (M·C, D, 1, 1). All but the
-branches, `x`, `weights`, `g` and `v` are float32, or float64 for float64 branches. With z_m = (y_m − mean_m)·scale_m + bias_m:
+`q` are (M, C); `a` is (B, M, C); `s` and `t` are (B, C); `x` is (B, C, H', W'), `weights` are M (C, inputs, 3, 3);
+`fc_reduce` is (D, C) or (D, C, 1, 1), `fc_select` (M·C, D) or (M·C, D, 1, 1). The parameters and running statistics may have
+any dtype. All else but the branches, `x`, `weights`, `g` and `v` is float32, or float64 for float64 branches. With
+z_m = (y_m − mean_m)·scale_m + bias_m:
 
     fold             mean, r = 1/√(var + eps), scale = weight·r and bias of the M batch-norms; without weight or bias 1 or 0
-    branch           y_m = w_m ∗ x, and its mean and variance over (B, H, W)
-    branch_backward  from dy_m, as select_backward gives it: dx = Σ_m of the input's gradients, dw_m
+    branch           y_m = w_m ∗ x_m, and its mean and variance over (B, H, W)
+    branch_backward  from dy_m, as select_backward gives it: dx and dw_m
     unit             v, with given statistics
     squeeze          Σ_hw g·act(z),  Σ_hw g·act'(z),  Σ_hw g·act'(z)·(y − mean)        g = 1 if it is not given
     attend           a = softmax_m(fc_select · relu(BN(fc_reduce · s)))
@@ -68,13 +70,17 @@ def _normalized(ys: Sequence[Tensor], mean: Tensor, scale: Tensor, bias: Tensor)
         yield d, d * branch_scale + branch_bias
 
 
-def why_not_convolve(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int]) -> str | None:
+def why_not_convolve(
+    shape: torch.Size, dtype: torch.dtype, weights: Sequence[torch.Size], stride: int, dilations: Sequence[int], groups: int
+) -> str | None:
     """The reason why `branch`, `branch_backward` and `unit` do not take these convolutions, or None."""
     return None
 
 
-def _convolutions(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int]) -> list[Tensor]:
-    return [F.conv2d(x, w, None, stride, d, d, x.shape[1] // w.shape[1]) for w, d in zip(weights, dilations, strict=True)]
+def _convolutions(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int) -> list[Tensor]:
+    inputs = groups * weights[0].shape[1]
+    xs = [x] * len(weights) if x.shape[1] == inputs else x.split(inputs, 1)
+    return [F.conv2d(x_m, w, None, stride, d, d, groups) for x_m, w, d in zip(xs, weights, dilations, strict=True)]
 
 
 def fold(weights, biases, means, variances, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -85,28 +91,30 @@ def fold(weights, biases, means, variances, eps: float, dtype: torch.dtype) -> t
     return mean, r, r * weight, bias
 
 
-def branch(x, weights, stride: int, dilations) -> tuple[list[Tensor], Tensor, Tensor]:
-    ys = _convolutions(x, weights, stride, dilations)
+def branch(x, weights, stride: int, dilations, groups: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    ys = _convolutions(x, weights, stride, dilations, groups)
     return ys, *branch_statistics(ys)
 
 
-def branch_backward(g, x, weights, stride: int, dilations, ys, mean, scale, bias, a, t, p, q, activation: str, negative_slope: float):
+def branch_backward(g, x, weights, stride: int, dilations, groups: int, ys, mean, scale, bias, a, t, p, q, activation: str, negative_slope: float):
     """dx, and dw of every branch, in the dtype of x."""
     dys = select_backward(g, ys, mean, scale, bias, a, t, p, q, activation, negative_slope)
+    inputs = groups * weights[0].shape[1]
+    split = x.shape[1] != inputs
     dxs, dweights = [], []
-    for dy, w, d in zip(dys, weights, dilations, strict=True):
-        geometry = [stride] * 2, [d] * 2, [d] * 2, False, [0, 0], x.shape[1] // w.shape[1]
-        dx, dweight, _ = torch.ops.aten.convolution_backward(dy, x, w, None, *geometry, [True, True, False])
+    for dy, x_m, w, d in zip(dys, x.split(inputs, 1) if split else [x] * len(weights), weights, dilations, strict=True):
+        geometry = [stride] * 2, [d] * 2, [d] * 2, False, [0, 0], groups
+        dx, dweight, _ = torch.ops.aten.convolution_backward(dy, x_m, w, None, *geometry, [True, True, False])
         dxs.append(dx)
         dweights.append(dweight)
-    return sum(dxs), dweights
+    return torch.cat(dxs, 1) if split else sum(dxs), dweights
 
 
 def unit(
-    x, weights, stride: int, dilations, mean, scale, bias, fc_reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps: float,
-    fc_select, activation: str, negative_slope: float,
+    x, weights, stride: int, dilations, groups: int, mean, scale, bias, fc_reduce, attn_weight, attn_bias, attn_mean, attn_var,
+    attn_eps: float, fc_select, activation: str, negative_slope: float,
 ) -> Tensor:  # fmt: skip
-    ys = _convolutions(x, weights, stride, dilations)
+    ys = _convolutions(x, weights, stride, dilations, groups)
     s = squeeze(ys, mean, scale, bias, activation, negative_slope, 1)[0].sum(1) / (ys[0].shape[2] * ys[0].shape[3])
     a = attend(s, fc_reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, fc_select)[0]
     return select(ys, mean, scale, bias, a, activation, negative_slope)
@@ -119,14 +127,17 @@ def branch_statistics(ys: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.stack(mean), torch.stack(var)
 
 
-def squeeze(ys, mean, scale, bias, activation: str, negative_slope: float, sums: int, g: Tensor | None = None) -> Tensor:
-    """The three sums, (3, B, M, C), or only the first, (1, B, M, C)."""
+def squeeze(ys, mean, scale, bias, activation: str, negative_slope: float, sums: int, g: Tensor | None = None) -> list[Tensor]:
+    """The three sums, or only the first, each (B, M, C)."""
     weight = mean.new_ones(ys[0].shape) if g is None else g.to(mean.dtype)
     pooled = []
     for d, z in _normalized(ys, mean, scale, bias):
-        u, k = activate(z, activation, negative_slope), gate(z, weight, activation, negative_slope)
-        pooled.append(torch.stack([x.sum((2, 3)) for x in (weight * u, k, k * d)[:sums]]))
-    return torch.stack(pooled, 2)
+        terms = [weight * activate(z, activation, negative_slope)]
+        if sums == 3:
+            k = gate(z, weight, activation, negative_slope)
+            terms += k, k * d
+        pooled.append([term.sum((2, 3)) for term in terms])
+    return [torch.stack(branches, 1) for branches in zip(*pooled)]
 
 
 def _without_autocast(function: Callable) -> Callable:

@@ -1,0 +1,442 @@
+// branch: direct grouped 3 x 3 convolutions, 4, 8, 16 or 32 channels a group, of one input: the branches with their batch
+// statistics, their backward, and the whole unit in eval.
+//
+// A task is an image's share of one cluster of channels: whole groups that fill whole vectors. It goes into a plane in L2
+// cache, pixel by pixel, with channels as lanes; all branches are convolved from there, and the results go back into the
+// layout of the image. So x is read once for all branches, and what comes before or after a convolution finds it in cache.
+
+#ifdef SK_ISA
+
+#include "plane.h"
+
+// One row of a 3 x 3 convolution, for the L output channels whose weights these are. rows[ky] is where the input row of
+// tap (ky, 0) of the first output pixel lies, null where it is outside the image. The sum starts from `bias`, or, if that
+// is null, from what `out` has. A channel that is brought from memory serves up to three pixels, so kTile of them are
+// summed at a time, in registers.
+template <int kGroup, int kDilation, int kStride, int kTile>
+void convolve_row(const float* const* rows, const Weights& weights, const float* bias, float* out, int64_t cluster, int64_t width) {
+  constexpr int64_t L = kLanes<float>;
+  constexpr int kInputs = (kTile - 1) * kStride + 2 * kDilation + 1;
+  for (int64_t x = 0; x < width; x += kTile, out += kTile * cluster) {
+    const int64_t pixels = width - x < kTile ? width - x : kTile;
+    Vec<float> sum[kTile];
+    for (int t = 0; t < kTile; ++t) sum[t] = bias ? load(bias) : t < pixels ? load(out + t * cluster) : Vec<float>{};
+    for (int ky = 0; ky < 3; ++ky) {
+      if (!rows[ky]) continue;
+      const float* const row = rows[ky] + x * kStride * cluster;
+      for (int i = 0; i < kGroup; ++i) {
+        const float* const w = weights.data + (i * weights.channel_step + 3 * ky * weights.tap_step) * L;
+        const Vec<float> w0 = load(w), w1 = load(w + weights.tap_step * L), w2 = load(w + 2 * weights.tap_step * L);
+#pragma GCC unroll 64
+        for (int q = 0; q < kInputs; ++q) {
+          const int q1 = q - kDilation, q2 = q - 2 * kDilation;
+          const bool first = q % kStride == 0 && q / kStride < kTile;
+          const bool second = q1 >= 0 && q1 % kStride == 0 && q1 / kStride < kTile;
+          const bool third = q2 >= 0 && q2 % kStride == 0 && q2 / kStride < kTile;
+          if (!first && !second && !third) continue;
+          const Vec<float> value = broadcast_in_group<kGroup>(row + q * cluster, i);
+          if (first) sum[q / kStride] += value * w0;
+          if (second) sum[q1 / kStride] += value * w1;
+          if (third) sum[q2 / kStride] += value * w2;
+        }
+      }
+    }
+    for (int t = 0; t < kTile; ++t)
+      if (t < pixels) store(out + t * cluster, sum[t]);
+  }
+}
+
+// Adds to out [kGroup][9][L] what a plane of gradients, and the block that was convolved, give for the weights: the sum
+// over the pixels of each product of an input channel and a gradient. The rows are summed in parts of some hundred pixels.
+template <int kGroup>
+void weight_gradient(const Plane& x, const Plane& dy, int64_t dilation, int64_t stride, float* out) {
+  constexpr int64_t L = kLanes<float>;
+  constexpr int kChannels = L == 16 && kGroup >= 8 ? 8 : 4;
+  const int64_t rows_at_once = 1 + 512 / x.width;
+  for (int64_t top = 0; top < dy.height; top += rows_at_once) {
+    const int64_t bottom = top + rows_at_once < dy.height ? top + rows_at_once : dy.height;
+    for (int ky = 0; ky < 3; ++ky)
+      for (int first = 0; first < kGroup; first += kChannels) {
+        Vec<float> sum[kChannels][3] = {};
+        for (int64_t row = top; row < bottom; ++row) {
+          const int64_t source = row * stride + (ky - 1) * dilation;
+          if (source < 0 || source >= x.height) continue;
+          const float *value = x.row(source), *g = dy.row(row);
+          for (int64_t c = 0; c < x.width; ++c, value += x.channels, g += dy.channels) {
+            const Vec<float> g0 = load(g + dilation * dy.channels), g1 = load(g), g2 = load(g - dilation * dy.channels);
+#pragma GCC unroll 8
+            for (int i = 0; i < kChannels; ++i) {
+              const Vec<float> broadcast = broadcast_in_group<kGroup>(value, first + i);
+              sum[i][0] += broadcast * g0;
+              sum[i][1] += broadcast * g1;
+              sum[i][2] += broadcast * g2;
+            }
+          }
+        }
+        for (int i = 0; i < kChannels; ++i)
+          for (int kx = 0; kx < 3; ++kx) {
+            float* const to = out + ((first + i) * 9 + ky * 3 + kx) * L;
+            store(to, load(to) + sum[i][kx]);
+          }
+      }
+  }
+}
+
+using ConvolveRow = void (*)(const float* const*, const Weights&, const float*, float*, int64_t, int64_t);
+using WeightGradient = void (*)(const Plane&, const Plane&, int64_t, int64_t, float*);
+
+template <int kGroup, int kDilation> SK_INLINE ConvolveRow pick_convolve_row(int64_t stride, int64_t tile) {
+  if (stride == 1) return tile == 7 ? convolve_row<kGroup, kDilation, 1, 7> : convolve_row<kGroup, kDilation, 1, 8>;
+  return tile == 7 ? convolve_row<kGroup, kDilation, 2, 7> : convolve_row<kGroup, kDilation, 2, 8>;
+}
+
+template <int kGroup> SK_INLINE ConvolveRow pick_convolve_row(int64_t dilation, int64_t stride, int64_t tile) {
+  if (dilation == 1) return pick_convolve_row<kGroup, 1>(stride, tile);
+  return dilation == 2 ? pick_convolve_row<kGroup, 2>(stride, tile) : pick_convolve_row<kGroup, 3>(stride, tile);
+}
+
+ConvolveRow pick_convolve_row(int64_t group, int64_t dilation, int64_t stride, int64_t tile) {
+  switch (group) {
+    case 4: return pick_convolve_row<4>(dilation, stride, tile);
+    case 8: return pick_convolve_row<8>(dilation, stride, tile);
+    case 16: return pick_convolve_row<16>(dilation, stride, tile);
+    default: return pick_convolve_row<32>(dilation, stride, tile);
+  }
+}
+
+WeightGradient pick_weight_gradient(int64_t group) {
+  switch (group) {
+    case 4: return weight_gradient<4>;
+    case 8: return weight_gradient<8>;
+    case 16: return weight_gradient<16>;
+    default: return weight_gradient<32>;
+  }
+}
+
+// One branch of a task, row by row, into a block, and what is to happen to each row while it is in L1 cache.
+template <class EachRow>
+SK_INLINE void convolve(const Clustered& s, int64_t m, const Plane& x, const float* weights, const float* bias, float* block, const EachRow& each_row) {
+  constexpr int64_t L = kLanes<float>;
+  const int64_t d = s.dilation[m];
+  const ConvolveRow row = pick_convolve_row(s.inputs, d, s.stride, s.tile(s.out.W));
+  for (int64_t k = 0; k < x.channels; k += L) {
+    const Weights w{weights + k * s.row(), s.channel_step, s.tap_step};
+    for (int64_t r = 0; r < s.out.H; ++r) {
+      const float* rows[3];
+      for (int ky = 0; ky < 3; ++ky) {
+        const int64_t source = r * s.stride + (ky - 1) * d;
+        rows[ky] = source < 0 || source >= s.in.H ? nullptr : x.row(source) - d * x.channels;
+      }
+      float* const out = block + r * s.out.W * x.channels + k;
+      row(rows, w, bias + k, out, x.channels, s.out.W);
+      each_row.add(out, x.channels, s.out.W, k, r * s.out.W);
+    }
+  }
+}
+
+// Of each channel of an image, what join_moments takes; the first row's mean is the value near the mean.
+struct RowMoments {
+  float *centre, *squares, *missed;
+  SK_INLINE void add(const float* row, int64_t cluster, int64_t width, int64_t k, int64_t before) const {
+    if (before == 0) {
+      Vec<float> total = {};
+      for (int64_t i = 0; i < width; ++i) total += load(row + i * cluster);
+      store(centre + k, total / static_cast<float>(width));
+      store(squares + k, Vec<float>{});
+      store(missed + k, Vec<float>{});
+    }
+    const Vec<float> from = load(centre + k);
+    Vec<float> deviations = {}, their_squares = {};
+    for (int64_t i = 0; i < width; ++i) {
+      const Vec<float> d = load(row + i * cluster) - from;
+      deviations += d;
+      their_squares += d * d;
+    }
+    store(missed + k, load(missed + k) + deviations);
+    store(squares + k, load(squares + k) + their_squares);
+  }
+};
+
+// Adds the row's activations to `sum`.
+template <Activation kAct> struct RowSum {
+  float* sum;
+  Act<float, kAct> act;
+  SK_INLINE void add(const float* row, int64_t cluster, int64_t width, int64_t k, int64_t) const {
+    Vec<float> total = {};
+    for (int64_t i = 0; i < width; ++i) total += act(load(row + i * cluster));
+    store(sum + k, load(sum + k) + total);
+  }
+};
+
+// Tasks are (b, cluster). moments is (B, 2, M, clusters * cluster), missed (B, M, clusters * cluster).
+template <class T>
+void branch_tasks(const Clustered& s, const T* x, const float* weights, T* const* ys, float* scratch, float* moments, float* missed, int64_t first, int64_t last) {
+  const Plane plane = s.input_plane(scratch);
+  float* const block = scratch + plane.size();
+  const float zero[kMaxCluster] = {};
+  for (int64_t task = first; task < last; ++task) {
+    const int64_t b = task / s.clusters(), c = task % s.clusters() * s.cluster, channels = s.in.C - c < s.cluster ? s.in.C - c : s.cluster;
+    pack(x + s.in.offset(b, c), s.in, channels, plane);
+    for (int64_t m = 0; m < s.M; ++m) {
+      float* const centre = moments + (b * 2 * s.M + m) * s.channels() + c;
+      const RowMoments row_moments{centre, centre + s.M * s.channels(), missed + (b * s.M + m) * s.channels() + c};
+      convolve(s, m, plane, weights + (m * s.channels() + c) * s.row(), zero, block, row_moments);
+      unpack(block, s.cluster, ys[m] + s.out.offset(b, c), s.out, channels);
+    }
+  }
+}
+
+// Eval: z (B, clusters, M, pixels, cluster) of all branches, and the pooled sums (B, clusters * cluster) of their activations.
+template <class T, Activation kAct>
+void unit_branch_tasks(const Clustered& s, float slope, const T* x, const float* weights, const float* bias, float* scratch, float* z, float* pooled, int64_t first, int64_t last) {
+  const Plane plane = s.input_plane(scratch);
+  for (int64_t task = first; task < last; ++task) {
+    const int64_t b = task / s.clusters(), c = task % s.clusters() * s.cluster, channels = s.in.C - c < s.cluster ? s.in.C - c : s.cluster;
+    pack(x + s.in.offset(b, c), s.in, channels, plane);
+    float* const sum = pooled + b * s.channels() + c;
+    for (int64_t k = 0; k < s.cluster; ++k) sum[k] = 0;
+    for (int64_t m = 0; m < s.M; ++m)
+      convolve(s, m, plane, weights + (m * s.channels() + c) * s.row(), bias + m * s.channels() + c,
+               z + (task * s.M + m) * s.out.pixels() * s.cluster, RowSum<kAct>{sum, {slope}});
+  }
+}
+
+template <class T, Activation kAct>
+void unit_select_tasks(const Clustered& s, float slope, const float* z, const float* a, T* v, int64_t first, int64_t last) {
+  constexpr int64_t L = kLanes<float>;
+  const Act<float, kAct> act{slope};
+  for (int64_t task = first; task < last; ++task) {
+    const int64_t b = task / s.clusters(), c = task % s.clusters() * s.cluster;
+    const float* const task_z = z + task * s.M * s.out.pixels() * s.cluster;
+    T* const image = v + s.out.offset(b, c);
+    for (int64_t k = 0; k < s.cluster && c + k < s.in.C; k += L) {
+      const int64_t lanes = clamp<L>(s.in.C - c - k);
+      for (int64_t p = 0; p < s.out.pixels(); p += L) {
+        const int64_t pixels = clamp<L>(s.out.pixels() - p);
+        Vec<float> total[L] = {};
+        for (int64_t m = 0; m < s.M; ++m) {
+          const Vec<float> weight = load_some(a + (b * s.M + m) * s.in.C + c + k, lanes);
+          const float* const from = task_z + (m * s.out.pixels() + p) * s.cluster + k;
+          for (int i = 0; i < L; ++i)
+            if (i < pixels) total[i] += weight * act(load(from + i * s.cluster));
+        }
+        store_pixels(image + k * s.out.channel_step(), s.out, p, pixels, lanes, total);
+      }
+    }
+  }
+}
+
+// The gradients of all branches' convolutions, into a plane each: what select_backward gives, where it is used at once.
+template <class T, Activation kAct>
+SK_INLINE void gradient_planes(const Clustered& s, const Gradient<T>& d, int64_t b, int64_t c, const Plane* planes) {
+  constexpr int64_t L = kLanes<float>;
+  const Branches<T>& v = d.branches;
+  const Act<float, kAct> act{v.slope};
+  const int64_t offset = s.out.offset(b, c);
+  for (int64_t m = 0; m < s.M; ++m)
+    for (int64_t k = 0; k < s.cluster; k += L) {
+      const int64_t lanes = clamp<L>(s.in.C - c - k);
+      const int64_t at = m * s.in.C + c + k;
+      const Vec<float> mean = load_some(v.mean + at, lanes), scale = load_some(v.scale + at, lanes), bias = load_some(v.bias + at, lanes);
+      const Vec<float> p = load_some(d.p + at, lanes), q = load_some(d.q + at, lanes);
+      const Vec<float> a = load_some(d.a + b * s.M * s.in.C + at, lanes), t = load_some(d.t + b * s.in.C + c + k, lanes);
+      Walk walk(planes[m]);
+      const int64_t from = offset + k * s.out.channel_step();
+      for (int64_t pixel = 0; pixel < s.out.pixels(); pixel += L) {
+        const int64_t pixels = clamp<L>(s.out.pixels() - pixel);
+        Vec<float> y[L], g[L];
+        load_pixels(v.y[m] + from, s.out, pixel, pixels, lanes, y);
+        load_pixels(d.g + from, s.out, pixel, pixels, lanes, g);
+        for (int i = 0; i < pixels; ++i) {
+          const Vec<float> centred = y[i] - mean;
+          const Vec<float> dz = act.gate(centred * scale + bias, a * g[i] + t);
+          store(walk.next() + k, scale * dz - p - centred * q);
+        }
+      }
+    }
+}
+
+// dx of a task, from the gradients' planes and the weights turned round: a block.
+void input_gradient(const Clustered& s, const Plane* dy, const float* turned, int64_t c, float* block) {
+  constexpr int64_t L = kLanes<float>;
+  const float zero[kMaxCluster] = {};
+  for (int64_t m = 0; m < s.M; ++m) {
+    const int64_t d = s.dilation[m];
+    const ConvolveRow row = pick_convolve_row(s.inputs, d, 1, s.tile(s.in.W));
+    for (int64_t k = 0; k < s.cluster; k += L) {
+      const Weights w{turned + (m * s.channels() + c + k) * s.row(), 9, 1};
+      for (int64_t r = 0; r < s.in.H; ++r) {
+        const float* rows[3];
+        for (int ky = 0; ky < 3; ++ky) {
+          const int64_t source = r + (ky - 1) * d;
+          const bool inside = source >= 0 && source % s.stride == 0 && source / s.stride < s.out.H;
+          rows[ky] = inside ? dy[m].row(source / s.stride) - d * s.cluster : nullptr;
+        }
+        row(rows, w, m == 0 ? zero : nullptr, block + r * s.in.W * s.cluster + k, s.cluster, s.in.W);
+      }
+    }
+  }
+}
+
+// Tasks are (part of the batch, cluster). dweights is (parts, M, clusters * cluster / L, group * 9, L).
+template <class T, Activation kAct>
+void branch_backward_tasks(const Clustered& s, const Gradient<T>& d, const T* x, const float* turned, int64_t parts, float* scratch, T* dx,
+                           float* dweights, int64_t first, int64_t last) {
+  constexpr int64_t L = kLanes<float>;
+  Plane planes[kMaxBranches];
+  for (int64_t m = 0; m < s.M; ++m) planes[m] = s.gradient_plane(scratch + m * s.gradient_plane(nullptr).size());
+  float* const block = scratch + s.M * planes[0].size();
+  const Plane inputs{block, s.in.W, 0, 1, s.in.H, s.in.W, s.cluster};
+  const WeightGradient gradient = pick_weight_gradient(s.inputs);
+  for (int64_t task = first; task < last; ++task) {
+    const int64_t part = task / s.clusters(), c = task % s.clusters() * s.cluster, channels = s.in.C - c < s.cluster ? s.in.C - c : s.cluster;
+    for (int64_t m = 0; m < s.M; ++m)
+      std::memset(dweights + ((part * s.M + m) * s.channels() + c) * s.row(), 0, s.cluster * s.row() * sizeof(float));
+    for (int64_t b = part * s.B / parts; b < (part + 1) * s.B / parts; ++b) {
+      gradient_planes<T, kAct>(s, d, b, c, planes);
+      pack(x + s.in.offset(b, c), s.in, channels, inputs);
+      for (int64_t m = 0; m < s.M; ++m)
+        for (int64_t k = 0; k < s.cluster; k += L) {
+          Plane dy = planes[m];
+          dy.data += k;
+          gradient(inputs, dy, s.dilation[m], s.stride, dweights + ((part * s.M + m) * s.channels() + c + k) * s.row());
+        }
+      input_gradient(s, planes, turned, c, block);
+      unpack(block, s.cluster, dx + s.in.offset(b, c), s.in, channels);
+    }
+  }
+}
+
+#else
+
+#include "convolutions.h"
+
+namespace sk {
+
+constexpr int64_t kMaxCluster = 32;
+
+// Input channel i, tap k of L output channels: data[(i * channel_step + k * tap_step) * L].
+struct Weights {
+  const float* data;
+  int64_t channel_step, tap_step;
+};
+
+// The operands of select_backward.
+template <class T> struct Gradient {
+  const Branches<T>& branches;
+  const T* g;
+  const float *a, *t, *p, *q;
+};
+
+// The convolutions, cut into clusters of channels.
+struct Clustered : Convolutions {
+  int64_t cluster;
+
+  int64_t clusters() const { return (in.C + cluster - 1) / cluster; }
+  int64_t channels() const { return clusters() * cluster; }
+
+  // How many pixels of a row are summed at a time: 7 or 8, whichever wastes less of the row's last tile.
+  static int64_t tile(int64_t width) { return whole_tiles(width, 7) < whole_tiles(width, 8) ? 7 : 8; }
+  static int64_t whole_tiles(int64_t width, int64_t tile) { return (width + tile - 1) / tile * tile; }
+
+  // What the branches are convolved from, and their gradients: with margins that the taps may reach into, and the last
+  // tile too. A gradient's pixels lie where the convolution's stride had put them.
+  Plane input_plane(float* data) const {
+    const int64_t reach = (whole_tiles(out.W, tile(out.W)) - 1) * stride + 1;
+    return {data, 2 * halo + std::max(in.W, reach), halo, 1, in.H, in.W, cluster};
+  }
+  Plane gradient_plane(float* data) const {
+    return {data, 2 * halo + whole_tiles(in.W, tile(in.W)), halo, stride, out.H, out.W, cluster};
+  }
+};
+
+}  // namespace sk
+
+#define SK_KERNELS "branch_direct.cpp"
+#include "foreach_isa.h"
+
+namespace sk {
+
+static Clustered clustered(const Convolutions& s) { return {s, std::max(s.inputs, SK_PICK(lanes)())}; }
+
+// (M, C / L, inputs * 9, L), each channel times its scale, if one is given.
+template <class T> static Tensor packed_weights(const Clustered& s, TensorList weights, const float* scale) {
+  Tensor packed = at::zeros({s.M, s.channels() * s.row()}, at::kFloat);
+  for (int64_t m = 0; m < s.M; ++m)
+    pack_weights(s, weights[m].const_data_ptr<T>(), scale ? scale + m * s.in.C : nullptr, packed[m].data_ptr<float>());
+  return packed;
+}
+
+void branch_direct(const Convolutions& convolutions, const Tensor& x, TensorList weights, TensorList ys, const Tensor& mean, const Tensor& var) {
+  const Clustered s = clustered(convolutions);
+  const Tensor moments = at::empty({s.B, 2, s.M, s.channels()}, at::kFloat), missed = at::empty({s.B, s.M, s.channels()}, at::kFloat);
+  dispatch_convolution(x.scalar_type(), [&]<class T>() {
+    const Tensor packed = packed_weights<T>(s, weights, nullptr);
+    c10::SmallVector<T*, 4> out;
+    for (const auto& y : ys) out.push_back(y.data_ptr<T>());
+    const auto kernel = SK_PICK(branch_tasks<T>);
+    parallel_tasks(s.B * s.clusters(), s.input_plane(nullptr).size() + s.out.pixels() * s.cluster, [&](float* scratch, int64_t first, int64_t last) {
+      kernel(s, x.const_data_ptr<T>(), packed.const_data_ptr<float>(), out.data(), scratch, moments.data_ptr<float>(), missed.data_ptr<float>(), first, last);
+    });
+  });
+  const Tensor padded = at::empty({2, s.M, s.channels()}, at::kFloat);
+  float* const joined = padded.data_ptr<float>();
+  join_moments(moments.const_data_ptr<float>(), missed.const_data_ptr<float>(), Segments(s.out.pixels()), s.B, s.out.pixels(), s.M * s.channels(), joined, joined + s.M * s.channels());
+  mean.copy_(padded[0].narrow(1, 0, s.in.C));
+  var.copy_(padded[1].narrow(1, 0, s.in.C));
+}
+
+void branch_direct_backward(const Convolutions& convolutions, const Tensor& g, const Tensor& x, TensorList weights, TensorList ys,
+                            const Tensor& mean, const Tensor& scale, const Tensor& bias, const Tensor& a, const Tensor& t,
+                            const Tensor& p, const Tensor& q, c10::string_view activation, double negative_slope, const Tensor& dx,
+                            TensorList dweights) {
+  const Clustered s = clustered(convolutions);
+  // Parts of the batch are summed apart, where there are too few clusters for many threads.
+  const int64_t parts = std::clamp<int64_t>((64 + s.clusters() - 1) / s.clusters(), 1, s.B);
+  const Tensor partial = at::empty({parts, s.M, s.channels() * s.row()}, at::kFloat);
+  const Tensor turned = at::zeros({s.M, s.channels() * s.row()}, at::kFloat);
+  dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
+    if constexpr (!std::is_same_v<T, double>) {
+      const Branches<T> branches(ys, mean, scale, bias, negative_slope);
+      const Gradient<T> gradient{branches, g.const_data_ptr<T>(), a.const_data_ptr<float>(), t.const_data_ptr<float>(), p.const_data_ptr<float>(), q.const_data_ptr<float>()};
+      for (int64_t m = 0; m < s.M; ++m) turn_weights(s, weights[m].const_data_ptr<T>(), turned[m].data_ptr<float>());
+      const auto kernel = SK_PICK(branch_backward_tasks<T, kAct>);
+      parallel_tasks(parts * s.clusters(), s.M * s.gradient_plane(nullptr).size() + s.in.pixels() * s.cluster, [&](float* scratch, int64_t first, int64_t last) {
+        kernel(s, gradient, x.const_data_ptr<T>(), turned.const_data_ptr<float>(), parts, scratch, dx.data_ptr<T>(), partial.data_ptr<float>(), first, last);
+      });
+    }
+  });
+  for (int64_t m = 0; m < s.M; ++m) sum_weight_gradients(s, partial.data_ptr<float>() + m * s.channels() * s.row(), partial.stride(0), parts, dweights[m]);
+}
+
+Tensor unit_direct(const Convolutions& convolutions, const Tensor& x, TensorList weights, int64_t images, const Tensor& mean,
+                   const Tensor& scale, const Tensor& bias, const Attention& attention, c10::string_view activation, double negative_slope) {
+  const Clustered s = clustered(convolutions);
+  const Tensor shift = at::constant_pad_nd(bias - mean * scale, {0, s.channels() - s.in.C});
+  Tensor v = at::empty({s.B, s.in.C, s.out.H, s.out.W}, x.options().memory_format(layout(x)));
+  const Tensor z = at::empty({images * s.M * s.channels() * s.out.pixels()}, at::kFloat), pooled = at::empty({images, s.channels()}, at::kFloat);
+  dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
+    if constexpr (!std::is_same_v<T, double>) {
+      const Tensor packed = packed_weights<T>(s, weights, scale.const_data_ptr<float>());
+      const float slope = static_cast<float>(negative_slope);
+      const auto branch_kernel = SK_PICK(unit_branch_tasks<T, kAct>);
+      const auto select_kernel = SK_PICK(unit_select_tasks<T, kAct>);
+      for (int64_t image = 0; image < s.B; image += images) {
+        const int64_t count = std::min(images, s.B - image);
+        parallel_tasks(count * s.clusters(), s.input_plane(nullptr).size(), [&](float* scratch, int64_t first, int64_t last) {
+          branch_kernel(s, slope, x.const_data_ptr<T>() + s.in.offset(image, 0), packed.const_data_ptr<float>(), shift.const_data_ptr<float>(), scratch,
+                        z.data_ptr<float>(), pooled.data_ptr<float>(), first, last);
+        });
+        const Tensor a = attention(pooled.narrow(0, 0, count).narrow(1, 0, s.in.C) / static_cast<double>(s.out.pixels()));
+        at::parallel_for(0, count * s.clusters(), 1, [&](int64_t first, int64_t last) {
+          select_kernel(s, slope, z.const_data_ptr<float>(), a.const_data_ptr<float>(), v.data_ptr<T>() + s.out.offset(image, 0), first, last);
+        });
+      }
+    }
+  });
+  return v;
+}
+
+}  // namespace sk
+
+#endif

@@ -1,0 +1,386 @@
+// branch: 3 x 3 convolutions by Winograd's minimal filtering F(2 x 2, 3 x 3) (Lavin, Gray 2015, section 4.1): a tile of 4 x 4
+// inputs makes 2 x 2 outputs with 16 products in place of 36, as 16 matrix products over many tiles. Its error is about
+// that of the direct sum; the larger tile F(4 x 4, 3 x 3) has ten times that, and is not used.
+//
+// A dilated convolution is d * d undilated ones on every d-th row and column: a tile's rows are d apart.
+
+#ifdef SK_ISA
+
+#include "plane.h"
+
+// Of four values in a row what their products need: B^T x.
+SK_INLINE void input_transform(Vec<float>& a, Vec<float>& b, Vec<float>& c, Vec<float>& d) {
+  const Vec<float> x0 = a, x1 = b, x2 = c, x3 = d;
+  a = x0 - x2;
+  b = x1 + x2;
+  c = x2 - x1;
+  d = x1 - x3;
+}
+
+// v[position][tile][channels] of one tile; `pixel` is its first.
+SK_INLINE void transform_inputs(const float* pixel, int64_t row_step, int64_t column_step, int64_t channels, float* v, int64_t position_step) {
+  for (int64_t k = 0; k < channels; k += kLanes<float>) {
+    Vec<float> x[4][4];
+    for (int i = 0; i < 4; ++i) {
+      for (int j = 0; j < 4; ++j) x[i][j] = load(pixel + i * row_step + j * column_step + k);
+      input_transform(x[i][0], x[i][1], x[i][2], x[i][3]);
+    }
+    for (int j = 0; j < 4; ++j) {
+      input_transform(x[0][j], x[1][j], x[2][j], x[3][j]);
+      for (int i = 0; i < 4; ++i) store(v + (4 * i + j) * position_step + k, x[i][j]);
+    }
+  }
+}
+
+// The same for the gradient of 2 x 2 outputs: A dy A^T.
+SK_INLINE void transform_gradients(const float* pixel, int64_t row_step, int64_t column_step, int64_t channels, float* v, int64_t position_step) {
+  for (int64_t k = 0; k < channels; k += kLanes<float>) {
+    Vec<float> x[4][2];
+    for (int j = 0; j < 2; ++j) {
+      const Vec<float> y0 = load(pixel + j * column_step + k), y1 = load(pixel + row_step + j * column_step + k);
+      x[0][j] = y0;
+      x[1][j] = y0 + y1;
+      x[2][j] = y0 - y1;
+      x[3][j] = -y1;
+    }
+    for (int i = 0; i < 4; ++i) {
+      float* const to = v + 4 * i * position_step + k;
+      store(to, x[i][0]);
+      store(to + position_step, x[i][0] + x[i][1]);
+      store(to + 2 * position_step, x[i][0] - x[i][1]);
+      store(to + 3 * position_step, -x[i][1]);
+    }
+  }
+}
+
+// G g G^T for L output channels, packed side by side, to u[position][inputs][step].
+void transform_weights(const float* packed, int64_t inputs, int64_t channel_step, int64_t tap_step, float* u, int64_t step) {
+  constexpr int64_t L = kLanes<float>;
+  for (int64_t i = 0; i < inputs; ++i) {
+    Vec<float> g[4][3];
+    for (int kx = 0; kx < 3; ++kx) {
+      const float* const w = packed + (i * channel_step + kx * tap_step) * L;
+      const Vec<float> g0 = load(w), g1 = load(w + 3 * tap_step * L), g2 = load(w + 6 * tap_step * L);
+      g[0][kx] = g0;
+      g[1][kx] = 0.5f * (g0 + g1 + g2);
+      g[2][kx] = 0.5f * (g0 - g1 + g2);
+      g[3][kx] = g2;
+    }
+    for (int r = 0; r < 4; ++r) {
+      float* const to = u + (4 * r * inputs + i) * step;
+      store(to, g[r][0]);
+      store(to + inputs * step, 0.5f * (g[r][0] + g[r][1] + g[r][2]));
+      store(to + 2 * inputs * step, 0.5f * (g[r][0] - g[r][1] + g[r][2]));
+      store(to + 3 * inputs * step, g[r][2]);
+    }
+  }
+}
+
+// Its transpose, for the gradients of L output channels: G^T du G, to out[(i * 9 + k) * L].
+void transform_weight_gradients(const float* du, int64_t inputs, int64_t step, float* out) {
+  constexpr int64_t L = kLanes<float>;
+  for (int64_t i = 0; i < inputs; ++i) {
+    Vec<float> g[3][4];
+    for (int c = 0; c < 4; ++c) {
+      Vec<float> u[4];
+      for (int r = 0; r < 4; ++r) u[r] = load(du + ((4 * r + c) * inputs + i) * step);
+      g[0][c] = u[0] + 0.5f * (u[1] + u[2]);
+      g[1][c] = 0.5f * (u[1] - u[2]);
+      g[2][c] = u[3] + 0.5f * (u[1] + u[2]);
+    }
+    for (int ky = 0; ky < 3; ++ky) {
+      float* const to = out + (i * 9 + 3 * ky) * L;
+      store(to, g[ky][0] + 0.5f * (g[ky][1] + g[ky][2]));
+      store(to + L, 0.5f * (g[ky][1] - g[ky][2]));
+      store(to + 2 * L, g[ky][3] + 0.5f * (g[ky][1] + g[ky][2]));
+    }
+  }
+}
+
+// m (kRows, kVecs * L) = v (kRows, inputs) times u (inputs, kVecs * L).
+template <int kRows, int kVecs> SK_INLINE void multiply(const float* v, const float* u, int64_t inputs, float* m) {
+  constexpr int64_t L = kLanes<float>;
+  Vec<float> sum[kRows][kVecs] = {};
+  for (int64_t i = 0; i < inputs; ++i) {
+    Vec<float> w[kVecs];
+    for (int j = 0; j < kVecs; ++j) w[j] = load(u + (i * kVecs + j) * L);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+      for (int j = 0; j < kVecs; ++j) sum[r][j] += v[r * inputs + i] * w[j];
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int j = 0; j < kVecs; ++j) store(m + (r * kVecs + j) * L, sum[r][j]);
+}
+
+// du (kRows of the inputs, kVecs * L) += the sum over the tiles of v (tiles, inputs) and d (tiles, kVecs * L).
+template <int kRows, int kVecs> SK_INLINE void multiply_transposed(const float* v, const float* d, int64_t tiles, int64_t inputs, float* du) {
+  constexpr int64_t L = kLanes<float>;
+  Vec<float> sum[kRows][kVecs];
+  for (int r = 0; r < kRows; ++r)
+    for (int j = 0; j < kVecs; ++j) sum[r][j] = load(du + (r * kVecs + j) * L);
+  for (int64_t t = 0; t < tiles; ++t) {
+    Vec<float> w[kVecs];
+    for (int j = 0; j < kVecs; ++j) w[j] = load(d + (t * kVecs + j) * L);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+      for (int j = 0; j < kVecs; ++j) sum[r][j] += v[t * inputs + r] * w[j];
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int j = 0; j < kVecs; ++j) store(du + (r * kVecs + j) * L, sum[r][j]);
+}
+
+// As many sums as there are registers for.
+constexpr int kRows = SK_VECTOR_BYTES == 64 ? 8 : 4;
+
+// A^T m A: 2 x 2 outputs of L channels.
+SK_INLINE void output_transform(const float* m, int64_t position_step, Vec<float> (&y)[2][2]) {
+  Vec<float> x[2][4];
+  for (int c = 0; c < 4; ++c) {
+    const Vec<float> m0 = load(m + c * position_step), m1 = load(m + (4 + c) * position_step), m2 = load(m + (8 + c) * position_step);
+    x[0][c] = m0 + m1 + m2;
+    x[1][c] = m1 - m2 - load(m + (12 + c) * position_step);
+  }
+  for (int r = 0; r < 2; ++r) {
+    y[r][0] = x[r][0] + x[r][1] + x[r][2];
+    y[r][1] = x[r][1] - x[r][2] - x[r][3];
+  }
+}
+
+// The outputs of one tile, kVecs * L channels, to (or, with kAdd, added to) pixels that are `step` apart.
+template <class T, int kVecs> SK_INLINE void store_tile(const Winograd& s, const Tile& tile, bool add, const float* m, int64_t position_step, T* out, int64_t step) {
+  constexpr int64_t L = kLanes<float>;
+  for (int j = 0; j < kVecs; ++j) {
+    Vec<float> y[2][2];
+    output_transform(m + j * L, position_step, y);
+    for (int r = 0; r < 2; ++r)
+      for (int c = 0; c < 2; ++c) {
+        const int64_t row = tile.row + r * s.dilation, column = tile.column + c * s.dilation;
+        if (row >= s.out.H || column >= s.out.W) continue;
+        T* const to = out + (row * s.out.W + column) * step + j * L;
+        store(to, add ? load(to) + y[r][c] : y[r][c]);
+      }
+  }
+}
+
+// Tasks are (some images, group, part of its output channels).
+template <class T, int kVecs>
+void convolve_tasks(const Winograd& s, const T* x, const float* packed, bool add, T* out, float* scratch, int64_t first, int64_t last) {
+  constexpr int64_t L = kLanes<float>, kChunk = kVecs * L;
+  const Plane plane = s.plane(scratch, s.in, s.inputs);
+  float* const v = scratch + s.plane_size(s.in, s.inputs);
+  float* const u = v + 16 * s.span * s.inputs;
+  float* const m = u + 16 * s.inputs * kChunk;
+  // channels_last outputs go where they belong at once.
+  float* const picture = s.out.channels_last ? nullptr : m + 16 * kTilesOfProduct * kChunk;
+  for (int64_t task = first; task < last; ++task) {
+    const int64_t part = task % s.parts, group = task / s.parts % s.groups, image = task / s.parts / s.groups * s.images;
+    const int64_t begin = s.chunk_of(part, kChunk), end = s.chunk_of(part + 1, kChunk), channels = end - begin;
+    const int64_t images = s.B - image < s.images ? s.B - image : s.images, tiles = images * s.tiles;
+    const int64_t out_channel = s.first_output + group * s.outputs + begin;
+    for (int64_t i = 0; add && picture && i < images; ++i)
+      pack(out + s.out.offset(image + i, out_channel), s.out, channels,
+           Plane{picture + i * s.out.pixels() * channels, s.out.W, 0, 1, s.out.H, s.out.W, channels});
+    for (int64_t start = 0; start < tiles; start += s.span) {
+      const int64_t count = tiles - start < s.span ? tiles - start : s.span;
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t in_image = (start + t) % s.tiles;
+        if (in_image == 0) pack(x + s.in.offset(image + (start + t) / s.tiles, s.first_input + group * s.inputs), s.in, s.inputs, plane);
+        const Tile& tile = s.tile[in_image];
+        const float* const pixel = plane.row(tile.row - s.dilation) + (tile.column - s.dilation) * s.inputs;
+        transform_inputs(pixel, s.dilation * plane.columns * s.inputs, s.dilation * s.inputs, s.inputs, v + t * s.inputs, s.span * s.inputs);
+      }
+      for (int64_t c = begin; c < end; c += kChunk) {
+        for (int j = 0; j < kVecs; ++j)
+          transform_weights(packed + (group * s.outputs + c + j * L) * s.inputs * 9, s.inputs, s.channel_step, s.tap_step, u + j * L, kChunk);
+        for (int64_t from = 0; from < count; from += kTilesOfProduct) {
+          const int64_t to = from + kTilesOfProduct < count ? from + kTilesOfProduct : count;
+          for (int64_t position = 0; position < 16; ++position)
+            for (int64_t t = from; t < to; t += kRows)
+              multiply<kRows, kVecs>(v + (position * s.span + t) * s.inputs, u + position * s.inputs * kChunk, s.inputs,
+                                     m + (position * kTilesOfProduct + t - from) * kChunk);
+          for (int64_t t = from; t < to; ++t) {
+            const int64_t b = (start + t) / s.tiles;
+            const Tile& tile = s.tile[(start + t) % s.tiles];
+            const float* const product = m + (t - from) * kChunk;
+            if (picture)
+              store_tile<float, kVecs>(s, tile, add, product, kTilesOfProduct * kChunk, picture + b * s.out.pixels() * channels + c - begin, channels);
+            else
+              store_tile<T, kVecs>(s, tile, add, product, kTilesOfProduct * kChunk, out + s.out.offset(image + b, out_channel - begin + c), s.out.C);
+          }
+        }
+      }
+    }
+    for (int64_t i = 0; picture && i < images; ++i)
+      unpack(picture + i * s.out.pixels() * channels, channels, out + s.out.offset(image + i, out_channel), s.out, channels);
+  }
+}
+
+// Tasks are (part of the batch, group, kVecs * L of its output channels). If there is one part its sums are the gradient;
+// else they go to partial (parts, groups * outputs / L, inputs * 9, L).
+template <class T, int kVecs>
+void weight_gradient_tasks(const Winograd& s, const T* x, const T* dy, float* partial, T* dweight, float* scratch, int64_t first, int64_t last) {
+  constexpr int64_t L = kLanes<float>, kChunk = kVecs * L;
+  const Plane inputs = s.plane(scratch, s.in, s.inputs), gradients = s.plane(scratch + s.plane_size(s.in, s.inputs), s.out, kChunk);
+  float* const v = scratch + s.plane_size(s.in, s.inputs) + s.plane_size(s.out, kChunk);
+  float* const d = v + 16 * s.span * s.inputs;
+  float* const du = d + 16 * s.span * kChunk;
+  const int64_t chunks = s.outputs / kChunk;
+  for (int64_t task = first; task < last; ++task) {
+    const int64_t channel = task % (s.groups * chunks) * kChunk, part = task / (s.groups * chunks), group = channel / s.outputs;
+    std::memset(du, 0, 16 * s.inputs * kChunk * sizeof(float));
+    const int64_t begin = part * s.B / s.parts, tiles = ((part + 1) * s.B / s.parts - begin) * s.tiles;
+    for (int64_t start = 0; start < tiles; start += s.span) {
+      const int64_t count = tiles - start < s.span ? tiles - start : s.span;
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t b = begin + (start + t) / s.tiles, in_image = (start + t) % s.tiles;
+        if (in_image == 0) {
+          pack(x + s.in.offset(b, s.first_input + group * s.inputs), s.in, s.inputs, inputs);
+          pack(dy + s.out.offset(b, channel), s.out, kChunk, gradients);
+        }
+        const Tile& tile = s.tile[in_image];
+        const int64_t rows = s.dilation * inputs.columns, columns = s.dilation;
+        transform_inputs(inputs.row(tile.row - columns) + (tile.column - columns) * s.inputs, rows * s.inputs, columns * s.inputs, s.inputs, v + t * s.inputs, s.span * s.inputs);
+        transform_gradients(gradients.row(tile.row) + tile.column * kChunk, rows * kChunk, columns * kChunk, kChunk, d + t * kChunk, s.span * kChunk);
+      }
+      for (int64_t position = 0; position < 16; ++position)
+        for (int64_t i = 0; i < s.inputs; i += kRows)
+          multiply_transposed<kRows, kVecs>(v + position * s.span * s.inputs + i, d + position * s.span * kChunk, count, s.inputs, du + (position * s.inputs + i) * kChunk);
+    }
+    const int64_t row = s.inputs * 9;
+    for (int j = 0; j < kVecs; ++j) {
+      // The transformed inputs have done their service.
+      float* const sums = s.parts == 1 ? v : partial + (part * s.groups * s.outputs + channel + j * L) * row;
+      transform_weight_gradients(du + j * L, s.inputs, kChunk, sums);
+      if (s.parts == 1) unpack(sums, L, dweight + (channel + j * L) * row, Picture{L, 1, row, false}, L);
+    }
+  }
+}
+
+#else
+
+#include "convolutions.h"
+
+namespace sk {
+
+// The first pixel of a tile's 2 x 2 outputs.
+struct Tile {
+  int32_t row, column;
+};
+
+// Tiles that are multiplied by some output channels' weights before these outputs are made.
+constexpr int64_t kTilesOfProduct = 64;
+
+// One convolution of stride 1, and how it is cut into tasks.
+struct Winograd {
+  Picture in, out;
+  int64_t B, groups, inputs, outputs, first_input, first_output, dilation;
+  // Tiles of an image.
+  const Tile* tile;
+  int64_t tiles;
+  // Tiles that are transformed at a time; images of a task; parts of the output channels, or of the batch.
+  int64_t span, images, parts;
+  // What transform_weights reads.
+  int64_t channel_step, tap_step;
+
+  // Tiles may begin before the picture by one step and end up to two after it.
+  int64_t plane_columns(const Picture& p) const { return p.W + 3 * dilation; }
+  int64_t plane_size(const Picture& p, int64_t channels) const { return (p.H + 3 * dilation) * plane_columns(p) * channels; }
+  Plane plane(float* data, const Picture& p, int64_t channels) const {
+    return {data + dilation * plane_columns(p) * channels, plane_columns(p), dilation, 1, p.H, p.W, channels};
+  }
+  int64_t chunk_of(int64_t part, int64_t chunk) const { return part * (outputs / chunk) / parts * chunk; }
+};
+
+}  // namespace sk
+
+#define SK_KERNELS "branch_winograd.cpp"
+#include "foreach_isa.h"
+
+namespace sk {
+
+static std::vector<Tile> tiles_of(const Picture& p, int64_t dilation) {
+  std::vector<Tile> tiles;
+  for (int64_t first_row = 0; first_row < std::min(dilation, p.H); ++first_row)
+    for (int64_t first_column = 0; first_column < std::min(dilation, p.W); ++first_column)
+      for (int64_t row = first_row; row < p.H; row += 2 * dilation)
+        for (int64_t column = first_column; column < p.W; column += 2 * dilation)
+          tiles.push_back({static_cast<int32_t>(row), static_cast<int32_t>(column)});
+  return tiles;
+}
+
+// The transform of weights is worth it for this many tiles: images are taken together until they have them.
+constexpr int64_t kTilesOfWeights = 128;
+
+static Winograd winograd_of(const Convolutions& s, int64_t m, const std::vector<Tile>& tiles) {
+  Winograd w{.in = s.in, .out = s.out, .B = s.B, .groups = s.groups, .inputs = s.inputs, .outputs = s.outputs, .first_input = s.first_input(m), .first_output = 0, .dilation = s.dilation[m]};
+  w.tile = tiles.data();
+  w.tiles = tiles.size();
+  w.images = std::clamp<int64_t>((kTilesOfWeights + w.tiles - 1) / w.tiles, 1, w.B);
+  // Half a MiB of transformed inputs, unless that is too few tiles.
+  w.span = std::max<int64_t>(kTilesOfWeights, 8192 / w.inputs);
+  w.channel_step = s.channel_step;
+  w.tap_step = s.tap_step;
+  return w;
+}
+
+// Channels of outputs that are multiplied at a time: two vectors where they fill them.
+static int64_t chunk_of(const Winograd& w) { return w.outputs % (2 * SK_PICK(lanes)()) == 0 ? 2 * SK_PICK(lanes)() : SK_PICK(lanes)(); }
+
+template <class T> static void convolve(Winograd w, const T* x, const Tensor& packed, bool add, T* out) {
+  const int64_t L = SK_PICK(lanes)(), chunk = chunk_of(w), image_groups = (w.B + w.images - 1) / w.images;
+  // Where there are too few tasks for the threads, a task has only some of the output channels.
+  w.parts = std::clamp<int64_t>(4 * at::get_num_threads() / (image_groups * w.groups), 1, w.outputs / chunk);
+  const int64_t most_channels = (w.outputs / chunk + w.parts - 1) / w.parts * chunk;
+  const int64_t picture = w.out.channels_last ? 0 : w.images * w.out.pixels() * most_channels;
+  const int64_t scratch_size = w.plane_size(w.in, w.inputs) + 16 * (w.span * w.inputs + w.inputs * chunk + kTilesOfProduct * chunk) + picture;
+  const auto kernel = chunk == L ? SK_PICK(convolve_tasks<T, 1>) : SK_PICK(convolve_tasks<T, 2>);
+  parallel_tasks(image_groups * w.groups * w.parts, scratch_size, [&](float* scratch, int64_t first, int64_t last) {
+    kernel(w, x, packed.const_data_ptr<float>(), add, out, scratch, first, last);
+  });
+}
+
+void branch_winograd(const Convolutions& s, const Tensor& x, TensorList packed, TensorList ys) {
+  dispatch_convolution(x.scalar_type(), [&]<class T>() {
+    for (int64_t m = 0; m < s.M; ++m) {
+      const std::vector<Tile> tiles = tiles_of(s.out, s.dilation[m]);
+      convolve(winograd_of(s, m, tiles), x.const_data_ptr<T>(), packed[m], false, ys[m].data_ptr<T>());
+    }
+  });
+}
+
+void branch_winograd_backward(const Convolutions& s, const Tensor& x, TensorList weights, TensorList dys, const Tensor& dx, TensorList dweights) {
+  const int64_t L = SK_PICK(lanes)();
+  dispatch_convolution(x.scalar_type(), [&]<class T>() {
+    for (int64_t m = 0; m < s.M; ++m) {
+      const std::vector<Tile> tiles = tiles_of(s.out, s.dilation[m]);
+      Winograd w = winograd_of(s, m, tiles);
+      Winograd back = w;
+      std::swap(back.in, back.out);
+      std::swap(back.inputs, back.outputs);
+      std::swap(back.first_input, back.first_output);
+      back.span = std::max<int64_t>(kTilesOfWeights, 8192 / back.inputs);
+      back.channel_step = 9;
+      back.tap_step = 1;
+      const Tensor turned = at::empty({s.branch_inputs() * s.outputs * 9}, at::kFloat);
+      turn_weights(s, weights[m].const_data_ptr<T>(), turned.data_ptr<float>());
+      convolve(back, dys[m].const_data_ptr<T>(), turned, m > 0 && !s.split, dx.data_ptr<T>());
+
+      // A quarter of a MiB of transformed inputs, since their gradients are to be kept too.
+      w.span = clamp<64>(std::max<int64_t>(32, 4096 / w.inputs));
+      const int64_t chunk = chunk_of(w), chunks = w.groups * w.outputs / chunk;
+      // Parts of the batch are summed apart, where there are too few chunks for many threads.
+      w.parts = std::clamp<int64_t>((16 + chunks - 1) / chunks, 1, s.B);
+      const Tensor partial = at::empty({w.parts == 1 ? 0 : w.parts, w.groups * w.outputs * s.row()}, at::kFloat);
+      const int64_t scratch_size = w.plane_size(w.in, w.inputs) + w.plane_size(w.out, chunk) + 16 * (w.span * (w.inputs + chunk) + w.inputs * chunk);
+      const auto kernel = chunk == L ? SK_PICK(weight_gradient_tasks<T, 1>) : SK_PICK(weight_gradient_tasks<T, 2>);
+      parallel_tasks(w.parts * chunks, scratch_size, [&](float* scratch, int64_t first, int64_t last) {
+        kernel(w, x.const_data_ptr<T>(), dys[m].const_data_ptr<T>(), partial.data_ptr<float>(), dweights[m].data_ptr<T>(), scratch, first, last);
+      });
+      if (w.parts > 1) sum_weight_gradients(s, partial.const_data_ptr<float>(), partial.stride(0), w.parts, dweights[m]);
+    }
+  });
+}
+
+}  // namespace sk
+
+#endif

@@ -1,0 +1,116 @@
+// Images, and the planes in cache that convolutions work on: pixel by pixel, with channels as lanes.
+
+#ifndef SK_ISA
+#ifndef SK_PLANE_H
+#define SK_PLANE_H
+
+#include "common.h"
+
+namespace sk {
+
+template <int64_t kMost> inline int64_t clamp(int64_t n) { return n < 0 ? 0 : n < kMost ? n : kMost; }
+
+// One image of a tensor (B, C, H, W).
+struct Picture {
+  int64_t C, H, W;
+  bool channels_last;
+  int64_t pixels() const { return H * W; }
+  int64_t channel_step() const { return channels_last ? 1 : pixels(); }
+  int64_t offset(int64_t b, int64_t c) const { return b * C * pixels() + c * channel_step(); }
+};
+
+// Some channels of an image: pixel (r, c) has them at row(r) + c * spread * channels. What lies between the pixels, and
+// beside them, is 0.
+struct Plane {
+  float* data;
+  int64_t columns, left, spread, height, width, channels;
+  float* row(int64_t r) const { return data + (r * columns + left) * channels; }
+  int64_t size() const { return height * columns * channels; }
+};
+
+}  // namespace sk
+
+#endif
+#else
+
+// The addresses of a plane's pixels, in the image's order.
+struct Walk {
+  float* at;
+  int64_t column, width, step, skip;
+  SK_INLINE Walk(const Plane& p)
+      : at(p.row(0)), column(0), width(p.width), step(p.spread * p.channels), skip((p.columns - p.width * p.spread) * p.channels) {}
+  SK_INLINE float* next() {
+    float* const here = at;
+    at += step;
+    if (++column == width) {
+      column = 0;
+      at += skip;
+    }
+    return here;
+  }
+};
+
+SK_INLINE Vec<float> load_some(const float* p, int64_t n) { return n < kLanes<float> ? load(p, n) : load(p); }
+
+// At most L pixels of at most L channels, a vector each: from and to the channels at `image`, pixel p and on.
+template <class T> SK_INLINE void load_pixels(const T* image, const Picture& s, int64_t p, int64_t pixels, int64_t channels, Vec<float> (&v)[kLanes<float>]) {
+  constexpr int L = kLanes<float>;
+  const T* const from = image + p * (s.channels_last ? s.C : 1);
+  const int64_t step = s.channels_last ? s.C : s.pixels(), rows = s.channels_last ? pixels : channels, columns = s.channels_last ? channels : pixels;
+  if (s.channels_last)
+    for (int i = 0; i < L; ++i) __builtin_prefetch(from + (2 * L + i) * step);
+  if (rows == L && columns == L)
+    for (int i = 0; i < L; ++i) v[i] = load(from + i * step);
+  else if (columns == L)
+    for (int i = 0; i < L; ++i) v[i] = i < rows ? load(from + i * step) : Vec<float>{};
+  else
+    for (int i = 0; i < L; ++i) v[i] = i < rows ? load(from + i * step, columns) : Vec<float>{};
+  if (!s.channels_last) transpose(v);
+}
+
+template <class T> SK_INLINE void store_pixels(T* image, const Picture& s, int64_t p, int64_t pixels, int64_t channels, Vec<float> (&v)[kLanes<float>]) {
+  constexpr int L = kLanes<float>;
+  T* const to = image + p * (s.channels_last ? s.C : 1);
+  const int64_t step = s.channels_last ? s.C : s.pixels(), rows = s.channels_last ? pixels : channels, columns = s.channels_last ? channels : pixels;
+  if (!s.channels_last) transpose(v);
+  if (s.channels_last)
+    for (int i = 0; i < L; ++i) __builtin_prefetch(to + (2 * L + i) * step, 1);
+  if (rows == L && columns == L)
+    for (int i = 0; i < L; ++i) store(to + i * step, v[i]);
+  else if (columns == L)
+    for (int i = 0; i < rows; ++i) store(to + i * step, v[i]);
+  else
+    for (int i = 0; i < rows; ++i) store(to + i * step, v[i], columns);
+}
+
+// The channels of `image` into a plane; the lanes of channels that it has not are 0.
+template <class T> SK_INLINE void pack(const T* image, const Picture& s, int64_t channels, const Plane& to) {
+  constexpr int64_t L = kLanes<float>;
+  Walk start(to);
+  for (int64_t p = 0; p < s.pixels(); p += L) {
+    const int64_t pixels = s.pixels() - p < L ? s.pixels() - p : L;
+    Walk walk = start;
+    for (int64_t k = 0; k < to.channels; k += L) {
+      Vec<float> v[L];
+      load_pixels(image + k * s.channel_step(), s, p, pixels, clamp<L>(channels - k), v);
+      walk = start;
+      for (int i = 0; i < pixels; ++i) store(walk.next() + k, v[i]);
+    }
+    start = walk;
+  }
+}
+
+// A block, a plane without margins, back into `image`.
+template <class T> SK_INLINE void unpack(const float* block, int64_t block_channels, T* image, const Picture& s, int64_t channels) {
+  constexpr int64_t L = kLanes<float>;
+  for (int64_t p = 0; p < s.pixels(); p += L) {
+    const int64_t pixels = s.pixels() - p < L ? s.pixels() - p : L;
+    for (int64_t k = 0; k < channels; k += L) {
+      Vec<float> v[L];
+      for (int i = 0; i < L; ++i) v[i] = i < pixels ? load(block + (p + i) * block_channels + k) : Vec<float>{};
+      store_pixels(image + k * s.channel_step(), s, p, pixels, clamp<L>(channels - k), v);
+    }
+  }
+}
+
+#endif

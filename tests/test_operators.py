@@ -1,0 +1,275 @@
+"""Every native operator against its specification, sk_fused/backends/reference.py in float64."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+from sk_fused.backends import native, reference
+from sk_fused.functional import ACTIVATIONS
+
+from . import parity
+from .parity import DTYPES, LAYOUTS
+
+OPERATORS = ("branch_statistics", "squeeze", "attend", "attend_backward", "select", "select_backward")
+
+# M, B, C, H, W: odd sizes, 1 × 1 maps, channels below, at and beyond a vector of any instruction set, pixels beyond a segment.
+SHAPES = [(2, 3, 5, 7, 9), (1, 2, 16, 4, 4), (3, 1, 33, 1, 1), (4, 2, 19, 3, 5), (2, 1, 3, 67, 65), (2, 2, 40, 31, 29), (2, 2, 1, 3, 3)]
+
+
+def operands(shape: Sequence[int], dtype: torch.dtype, layout: str = "contiguous", activation: str = "relu") -> dict[str, tuple]:
+    """Arguments for every operator. The branches and g have `dtype`; the small arrays what is accumulated in."""
+    M, B, C, H, W = shape
+    D = max(1, C // 3)
+    small = {"dtype": reference.accumulate_dtype(dtype)}
+    ys = [torch.randn(B, C, H, W).to(dtype=dtype, memory_format=LAYOUTS[layout]) for _ in range(M)]
+    g = torch.randn(B, C, H, W).to(dtype=dtype, memory_format=LAYOUTS[layout])
+    mean, scale, bias, p, q = torch.randn(5, M, C, **small)
+    s, t = torch.randn(2, B, C, **small)
+    fc_reduce, fc_select = torch.randn(D, C, **small), torch.randn(M * C, D, **small)
+    weight, attn_bias, attn_mean, attn_var = torch.randn(4, D, **small)
+    attn_var = attn_var.square() + 0.1
+    a, da = torch.randn(B, M, C, **small).softmax(1), torch.randn(B, M, C, **small)
+    act = activation, 0.1
+    return {
+        "branch_statistics": (ys,),
+        "squeeze": (ys, mean, scale, bias, *act, 3, g),
+        "attend": (s, fc_reduce, weight, attn_bias, attn_mean, attn_var, 1e-5, fc_select),
+        "attend_backward": (da, a, s, s @ fc_reduce.t(), fc_reduce, weight, attn_bias, attn_mean, attn_var, 1e-5, True, fc_select),
+        "select": (ys, mean, scale, bias, a, *act),
+        "select_backward": (g, ys, mean, scale, bias, a, t, p, q, *act),
+    }
+
+
+def cast(arguments: tuple, dtype: torch.dtype, small: torch.dtype) -> tuple:
+    """The same arguments with branches (and g) in `dtype` and the small arrays in `small`."""
+
+    def one(value):
+        if isinstance(value, list):
+            return [one(item) for item in value]
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(dtype if value.dim() == 4 else small)
+
+    return tuple(map(one, arguments))
+
+
+def flat(result) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def assert_matches_reference(name: str, arguments: tuple, dtype: torch.dtype) -> None:
+    ours = flat(getattr(native, name)(*arguments))
+    exact = exact_statistics(*arguments) if name == "branch_statistics" else flat(getattr(reference, name)(*cast(arguments, torch.float64, torch.float64)))
+    theirs_dtype = parity.precision_of(dtype)
+    theirs = flat(getattr(reference, name)(*cast(arguments, theirs_dtype, reference.accumulate_dtype(theirs_dtype))))
+    largest = magnitudes(name, cast(arguments, torch.float64, torch.float64), exact)
+    for i, tensors in enumerate(zip(ours, theirs, exact, largest, strict=True)):
+        parity.assert_within(f"{name}[{i}]", *tensors)
+
+
+def exact_statistics(ys: list[Tensor]) -> list[Tensor]:
+    """Of torch.var_mean even float64 loses a few digits, so mean and variance are taken in numpy's long double."""
+    moments = []
+    for y in ys:
+        values = y.double().contiguous().numpy().astype(numpy.longdouble)
+        mean = values.mean((0, 2, 3), keepdims=True)
+        var = numpy.square(values - mean).mean((0, 2, 3))
+        moments.append([torch.from_numpy(moment.astype(numpy.float64)) for moment in (mean.ravel(), var)])
+    return [torch.stack(moment) for moment in zip(*moments)]
+
+
+def magnitudes(name: str, arguments: tuple, exact: list[Tensor]) -> list[Tensor]:
+    """What the ulp of a result is measured by: its values; where sums cancel, the sums of their terms' magnitudes."""
+    if name == "branch_statistics":
+        return [torch.stack([y.abs().mean((0, 2, 3)) for y in arguments[0]]), exact[1]]
+    if name != "squeeze":
+        return exact
+    ys, mean, scale, bias, *act, sums = arguments[:7]
+    g = arguments[7] if len(arguments) > 7 else torch.ones_like(ys[0])
+    pooled = []
+    for y, *arrays in zip(ys, mean, scale, bias):
+        branch_mean, branch_scale, branch_bias = (array[:, None, None] for array in arrays)
+        d = y - branch_mean
+        z = d * branch_scale + branch_bias
+        k = reference.gate(z, g, *act)
+        pooled.append(torch.stack([x.abs().sum((2, 3)) for x in (g * reference.activate(z, *act), k, k * d)[:sums]]))
+    return [*torch.stack(pooled, 2)]
+
+
+def test_memory_that_nobody_wrote_is_nan():
+    # The second to the fourth are allocated in C++, by at::empty and at::empty_strided.
+    like = torch.zeros(2, 3, 4, 5)
+    for poisoned in (torch.empty(7), like.new_empty(7), torch.empty_like(like, memory_format=torch.channels_last), torch.ops.aten.empty_strided(like.shape, (1, 2, 6, 24))):
+        assert poisoned.isnan().all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["branch_statistics", "squeeze", "select", "select_backward"])
+def test_operator_matches_reference(name: str, shape: tuple, dtype: torch.dtype, layout: str):
+    activations = ACTIVATIONS if name != "branch_statistics" else ("relu",)
+    for activation in activations:
+        arguments = operands(shape, dtype, layout, activation)[name]
+        assert_matches_reference(name, arguments, dtype)
+        if name == "squeeze":
+            *fixed, sums, g = arguments
+            for without_g in ((*fixed, 3), (*fixed, 1)):
+                assert_matches_reference(name, without_g, dtype)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attend_matches_reference(shape: tuple, dtype: torch.dtype):
+    arguments = operands(shape, dtype)
+    s, fc_reduce, weight, bias, *_, eps, fc_select = arguments["attend"]
+    assert_matches_reference("attend", arguments["attend"], dtype)
+    assert_matches_reference("attend", (s, fc_reduce, weight, bias, None, None, eps, fc_select), dtype)
+    for training in (True, False):
+        *before, _, fc_select = arguments["attend_backward"]
+        assert_matches_reference("attend_backward", (*before, training, fc_select), dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["select", "select_backward"])
+def test_output_has_the_layout_of_the_branches(name: str, layout: str):
+    arguments = operands((2, 2, 8, 5, 6), torch.float32, layout)[name]
+    for operator in (getattr(native, name), getattr(reference, name)):
+        for output in flat(operator(*arguments)):
+            assert output.is_contiguous(memory_format=LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 2, 3, 67, 65), (1, 4, 40, 31, 29), (2, 4, 8, 2, 2)], ids=str)
+@pytest.mark.parametrize("mean", [1e2, 1e4])
+def test_variance_where_the_mean_is_far_larger(shape: tuple, layout: str, mean: float):
+    """float32 against float64 of the same values: the variance is right to the rounding of float32's mean."""
+    M, B, C, H, W = shape
+    ys = [(mean + torch.randn(B, C, H, W)).to(memory_format=LAYOUTS[layout]) for _ in range(M)]
+    ours, exact = native.branch_statistics(ys), exact_statistics(ys)
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(ours[0].double(), exact[0], rtol=2 * eps, atol=0)
+    torch.testing.assert_close(ours[1].double(), exact[1], rtol=8 * eps, atol=0)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_runs_and_threads_agree_to_the_bit(name: str, layout: str):
+    arguments = operands((2, 4, 40, 31, 29), torch.float32, layout)[name]
+    operator = getattr(native, name)
+    first, second = flat(operator(*arguments)), flat(operator(*arguments))
+    torch.set_num_threads(1)
+    alone = flat(operator(*arguments))
+    for a, b, c in zip(first, second, alone, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name: str, dtype: torch.dtype, layout: str):
+    torch.library.opcheck(getattr(native, name), operands((3, 2, 5, 4, 3), dtype, layout)[name])
+
+
+def test_opcheck_of_every_form_of_the_optional_arguments():
+    arguments = operands((2, 2, 5, 4, 3), torch.float32)
+    *fixed, _, _ = arguments["squeeze"]
+    torch.library.opcheck(native.squeeze, (*fixed, 1))
+    torch.library.opcheck(native.squeeze, (*fixed, 3))
+    s, fc_reduce, weight, bias, *_, eps, fc_select = arguments["attend"]
+    torch.library.opcheck(native.attend, (s, fc_reduce, weight, bias, None, None, eps, fc_select))
+
+
+@pytest.mark.parametrize("name", ["squeeze", "select", "select_backward"])
+def test_nan_and_infinity_as_the_reference(name: str):
+    for activation in ACTIVATIONS[:3]:
+        arguments = operands((2, 2, 5, 3, 7), torch.float32, activation=activation)[name]
+        ys = arguments[int(name == "select_backward")]
+        for i, value in enumerate((float("nan"), float("inf"), -float("inf"))):
+            ys[0].view(-1)[i * 21] = value
+        for ours, exact in zip(flat(getattr(native, name)(*arguments)), flat(getattr(reference, name)(*arguments)), strict=True):
+            torch.testing.assert_close(ours, exact, equal_nan=True)
+
+
+def test_statistics_of_a_channel_with_nan_or_infinity_are_not_finite():
+    for value in (float("nan"), float("inf")):
+        (ys,) = operands((1, 2, 3, 5, 7), torch.float32)["branch_statistics"]
+        ys[0][1, 1, 2, 3] = value
+        mean, var = native.branch_statistics(ys)
+        assert mean.isfinite().tolist() == var.isfinite().tolist() == [[True, False, True]]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_softmax_and_silu_where_exp_saturates(dtype: torch.dtype):
+    arguments = operands((2, 2, 5, 1, 1), dtype, activation="silu")
+    s, *middle, fc_select = arguments["attend"]
+    assert_matches_reference("attend", (s, *middle, 1e4 * fc_select), dtype)
+    ys, mean, scale, bias, *rest = arguments["select"]
+    assert_matches_reference("select", (ys, mean, 1e4 * scale, bias, *rest), dtype)
+
+
+def replaced(arguments: tuple, i: int, value) -> tuple:
+    return (*arguments[:i], value, *arguments[i + 1 :])
+
+
+BAD = {
+    "no branches": ("select", 0, lambda ys: [], ValueError, "ys"),
+    "rank": ("select", 0, lambda ys: [y[0] for y in ys], ValueError, "ys"),
+    "shapes differ": ("squeeze", 0, lambda ys: [ys[0], ys[1][:1]], ValueError, "ys"),
+    "layouts differ": ("select", 0, lambda ys: [ys[0], ys[1].to(memory_format=torch.channels_last)], ValueError, "ys"),
+    "not dense": ("select", 0, lambda ys: [y[..., ::2] for y in ys], ValueError, "ys"),
+    "dtypes differ": ("select", 0, lambda ys: [ys[0], ys[1].double()], TypeError, "ys"),
+    "integers": ("branch_statistics", 0, lambda ys: [y.int() for y in ys], TypeError, "ys"),
+    "empty": ("branch_statistics", 0, lambda ys: [y[:0] for y in ys], ValueError, "ys"),
+    "mean has another shape": ("squeeze", 1, lambda mean: mean[:1], ValueError, "mean"),
+    "mean has another dtype": ("squeeze", 1, Tensor.double, TypeError, "mean"),
+    "scale is transposed": ("select", 2, lambda scale: scale.t().contiguous().t(), ValueError, "scale"),
+    "activation": ("select", 5, lambda _: "gelu", ValueError, "gelu"),
+    "sums": ("squeeze", 6, lambda _: 2, ValueError, "sums.* 2"),
+    "g has another shape": ("squeeze", 7, lambda g: g[:1], ValueError, "g"),
+    "g has another layout": ("select_backward", 0, lambda g: g.to(memory_format=torch.channels_last), ValueError, "g"),
+    "a": ("select", 4, lambda a: a[:, :1], ValueError, "a"),
+    "t": ("select_backward", 6, lambda t: t[:1], ValueError, "t"),
+    "s is of half precision": ("attend", 0, Tensor.bfloat16, TypeError, "s"),
+    "s has another rank": ("attend", 0, lambda s: s[0], ValueError, "s"),
+    "fc_reduce": ("attend", 1, lambda fc: fc[:, :-1].contiguous(), ValueError, "fc_reduce"),
+    "fc_select": ("attend", 7, lambda fc: fc[:-1], ValueError, "fc_select"),
+    "only one of mean and var": ("attend", 5, lambda _: None, ValueError, "mean, var"),
+    "var": ("attend_backward", 8, lambda var: var[:0], ValueError, "var"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_operand_is_named(case: str):
+    name, i, change, error, says = BAD[case]
+    arguments = operands((2, 2, 5, 4, 6), torch.float32)[name]
+    with pytest.raises(error, match=says):
+        getattr(native, name)(*replaced(arguments, i, change(arguments[i])))
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("isa", ["base", "avx2"])
+def test_every_instruction_set_matches_reference(isa: str):
+    """The tests above, in a process that is held to this instruction set."""
+    code = "import sk_fused.backends.native as n; print(n._C.instruction_set())"
+    used = run_python("-c", code, SK_FUSED_ISA=isa).stdout.strip()
+    if used != isa:
+        pytest.skip(f"this processor has no {isa}")
+    run = run_python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "reference and not instruction_set", SK_FUSED_ISA=isa)
+    assert run.returncode == 0, run.stdout
+    assert " passed" in run.stdout and "failed" not in run.stdout
+
+
+def test_unknown_instruction_set_is_refused():
+    run = run_python("-c", "import sk_fused.backends.native as n; n._C.instruction_set()", SK_FUSED_ISA="mmx")
+    assert run.returncode == 1 and "SK_FUSED_ISA: expected base, avx2 or avx512, got mmx" in run.stderr
