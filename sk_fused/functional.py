@@ -39,17 +39,17 @@ class BatchNorm(NamedTuple):
     eps: float = 1e-5
     group: ProcessGroup | None = None
 
-    def check(self, name: str, shape: torch.Size, device: torch.device) -> None:
+    def check(self, name: str, shape: Sequence[int], device: torch.device) -> None:
         """Raises a ValueError if the vectors do not fit a batch of this shape; F.batch_norm's if it has no variance."""
-        length = shape[1:2]
+        length = tuple(shape[1:2])
         for field, vector in zip(self._fields, self[:4]):
             if vector is not None and (vector.shape != length or vector.device != device):
-                raise ValueError(f"{name}: expected {field} of shape {tuple(length)} on {device}, got {tuple(vector.shape)} on {vector.device}")
+                raise ValueError(f"{name}: expected {field} of shape {length} on {device}, got {tuple(vector.shape)} on {vector.device}")
         missing = [field for field in ("running_mean", "running_var") if getattr(self, field) is None]
         if len(missing) == 1 or missing and not self.training:
             raise ValueError(f"{name}: expected running statistics with training={self.training}, got None for {', '.join(missing)}")
-        if self.training and self.group is None and shape.numel() == shape[1]:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+        if self.training and self.group is None and shape[0] == 1 and all(size == 1 for size in shape[2:]):
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")
 
 
 def recomputes() -> bool:
@@ -174,7 +174,7 @@ def convolved_selective_kernel(
     if reason:
         raise ValueError(f"weights: {reason}")
     B, _, H, W = x.shape
-    shape = torch.Size((B, weights[0].shape[0], (H - 1) // stride + 1, (W - 1) // stride + 1))
+    shape = B, weights[0].shape[0], (H - 1) // stride + 1, (W - 1) // stride + 1
     _check_unit(x, shape, len(weights), norms, fc_reduce, fc_select, activation)
     convolution = stride, list(dilations), groups
     return _unit([x, *weights], convolution, shape, norms, fc_reduce, attn_norm, fc_select, activation, negative_slope)
@@ -198,7 +198,7 @@ def _unit(tensors, convolution, shape, norms, fc_reduce, attn_norm, fc_select, a
     the weights."""
     for norm in norms:
         norm.check("norms", shape, tensors[0].device)
-    attn_norm.check("attn_norm", torch.Size((shape[0], fc_reduce.shape[0], 1, 1)), tensors[0].device)
+    attn_norm.check("attn_norm", (shape[0], fc_reduce.shape[0], 1, 1), tensors[0].device)
     v, *moments = _apply(
         _SelectiveKernel,
         backends.choose(tensors),
@@ -238,7 +238,7 @@ def attend(s: Tensor, fc_reduce: Tensor, attn_norm: BatchNorm, fc_select: Tensor
     if s.dim() != 2:
         raise ValueError(f"s: expected shape (B, C), got {tuple(s.shape)}")
     _check_attention(s, s.shape[1], fc_reduce, fc_select)
-    attn_norm.check("attn_norm", torch.Size((s.shape[0], fc_reduce.shape[0], 1, 1)), s.device)
+    attn_norm.check("attn_norm", (s.shape[0], fc_reduce.shape[0], 1, 1), s.device)
     x = s.to(accumulate_dtype(s.dtype)).contiguous()
     a, *moments = _apply(_Attend, backends.choose([s]), attn_norm, x, fc_reduce, attn_norm.weight, attn_norm.bias, fc_select)
     if attn_norm.training:
@@ -255,7 +255,7 @@ def _apply(function: type[torch.autograd.Function], backend: ModuleType, *args):
 
 def _attend(backend: ModuleType, norm: BatchNorm, s: Tensor, fc_reduce, weight, bias, fc_select):
     """a, the reduced descriptor, the mean and variance used and of how many images they are."""
-    mean, var, images = None, None, len(s)
+    mean, var, images = None, None, s.shape[0]
     if not norm.training:
         mean, var = norm.running_mean, norm.running_var
     elif norm.group is not None:
@@ -453,12 +453,12 @@ def _check(branches: Sequence[Tensor], norms: Sequence[BatchNorm], fc_reduce: Te
     _check_unit(first, first.shape, len(branches), norms, fc_reduce, fc_select, activation)
 
 
-def _check_unit(like: Tensor, shape: torch.Size, M: int, norms: Sequence[BatchNorm], fc_reduce: Tensor, fc_select: Tensor, activation: str) -> None:
+def _check_unit(like: Tensor, shape: Sequence[int], M: int, norms: Sequence[BatchNorm], fc_reduce: Tensor, fc_select: Tensor, activation: str) -> None:
     """Of M branches of this shape, on the device of `like`."""
     if len(norms) != M:
         raise ValueError(f"norms: expected one for each of the {M} branches, got {len(norms)}")
     # Of a batch over several processes, this one's part may be empty.
-    if shape.numel() == 0 and norms[0].group is None:
+    if 0 in shape and norms[0].group is None:
         raise ValueError(f"branches: expected at least one value, got shape {tuple(shape)}")
     reason = why_not_together(norms)
     if reason:

@@ -1,5 +1,6 @@
 """Drop-ins for timm's SelectiveKernel and SelectiveKernelAttn: the same arguments, parameters, checkpoints and numbers."""
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 
@@ -10,6 +11,23 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional
 from .backends import warn_once
+
+
+def _timm_twin(module: nn.Module) -> nn.Module:
+    """timm's module of the same layers, for torch.jit.script, which compiles a module's Python; timm writes its own for that.
+
+    Raises:
+        ImportError: timm is not installed.
+    """
+    from timm import layers
+    from timm.layers.selective_kernel import SelectiveKernelAttn
+
+    twin = copy.copy(module)
+    # The scripting puts twins in here too.
+    twin._modules = dict(module._modules)
+    name = type(module).__name__.removeprefix("Fused")
+    twin.__class__ = SelectiveKernelAttn if name == "SelectiveKernelAttn" else getattr(layers, name)
+    return twin
 
 
 class FusedSelectiveKernel(nn.Module):
@@ -43,6 +61,8 @@ class FusedSelectiveKernel(nn.Module):
             channels or device, or, in training, one value per channel only.
         TypeError: in `forward`, x has not the floating-point dtype of the weights (outside autocast).
     """
+
+    __prepare_scriptable__ = _timm_twin
 
     def __init__(
         self,
@@ -133,7 +153,6 @@ class FusedSelectiveKernel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        xs = x.split(self.in_channels // self.num_paths, 1) if self.split_input else [x] * self.num_paths
         attn, paths = self.attn, [*self.paths]
         reason = self._why_not_attn()
         attn_norm = None if reason else _batch_norm(attn.bn)
@@ -141,41 +160,47 @@ class FusedSelectiveKernel(nn.Module):
         if reason or x.shape[0] == 0 and attn_norm.group is None:
             if reason:
                 warn_once(f"sk_fused runs a SelectiveKernel unfused: {reason}")
-            u = torch.stack([_branch(path, x_m) for path, x_m in zip(paths, xs)], 1)
+            u = torch.stack([_branch(path, x_m) for path, x_m in zip(paths, self._inputs(x))], 1)
             return (u * attn(u)).sum(1).to(u.dtype)
         fc_reduce, fc_select = attn.fc_reduce.weight, attn.fc_select.weight
         reason = self._why_not_layers()
-        norms = [] if reason else [_batch_norm(path.bn) for path in paths]
+        bns = [] if reason else [path.bn for path in paths]
+        norms = [_batch_norm(bn) for bn in bns]
         reason = reason or functional.why_not_together(norms)
         if reason:
             warn_once(f"sk_fused fuses only the attention of a SelectiveKernel: {reason}")
-            us = [_branch(path, x_m) for path, x_m in zip(paths, xs)]
+            us = [_branch(path, x_m) for path, x_m in zip(paths, self._inputs(x))]
             v = functional.selective_kernel(us, _identity(us), fc_reduce, attn_norm, fc_select, "identity")
             _count_batch(attn.bn)
             return v
-        activation = _activation(paths[0].bn._modules.get("act"))
+        activation = _activation(bns[0]._modules.get("act"))
         convs = [path.conv for path in paths]
         weights = [conv.weight for conv in convs]
         convolution = convs[0].stride[0], [conv.dilation[0] for conv in convs], convs[0].groups
         if self._are_plain(convs) and functional.why_not_convolved(x, weights, *convolution) is None:
             v = functional.convolved_selective_kernel(x, weights, *convolution, norms, fc_reduce, attn_norm, fc_select, *activation)
-            _count_batch(attn.bn, *(path.bn for path in paths))
+            _count_batch(attn.bn, *bns)
             return v
 
         def unit(xs: Sequence[Tensor]) -> Tensor:
             ys = [conv(x_m) for conv, x_m in zip(convs, xs)]
             return functional.selective_kernel(ys, norms, fc_reduce, attn_norm, fc_select, *activation)
 
+        xs = self._inputs(x)
         v = self._few_at_once(unit, x, xs) if self._images_are_independent(attn_norm, *norms) else unit(xs)
-        _count_batch(attn.bn, *(path.bn for path in paths))
+        _count_batch(attn.bn, *bns)
         return v
+
+    def _inputs(self, x: Tensor) -> Sequence[Tensor]:
+        """Of the branches."""
+        return x.split(self.in_channels // self.num_paths, 1) if self.split_input else [x] * self.num_paths
 
     def _are_plain(self, convs: Sequence[nn.Module]) -> bool:
         """Whether these are convolutions that nobody listens to, with one stride and groups, padded by their dilation."""
         stride, groups = convs[0].stride, convs[0].groups
         return not _hooked(*convs) and all(
             type(conv) is nn.Conv2d
-            and conv.bias is None
+            and conv._parameters["bias"] is None
             and conv.padding_mode == "zeros"
             and conv.groups == groups
             and conv.stride == stride == (stride[0],) * 2
@@ -217,7 +242,7 @@ class FusedSelectiveKernel(nn.Module):
         # A branch's batch-norm must not count a batch that the attention's will refuse.
         bn = self._modules["attn"]._modules.get("bn")
         if x.shape[0] == 1 and isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-            _batch_norm(bn).check("attn.bn", torch.Size((1, bn.num_features, 1, 1)), x.device)
+            _batch_norm(bn).check("attn.bn", (1, bn.num_features, 1, 1), x.device)
 
 
 class FusedSelectiveKernelAttn(nn.Module):
@@ -230,6 +255,8 @@ class FusedSelectiveKernelAttn(nn.Module):
         attn_channels: D, the channels between the two 1 × 1 convolutions.
         act_layer, norm_layer: classes; ReLU and BatchNorm2d are fused.
     """
+
+    __prepare_scriptable__ = _timm_twin
 
     def __init__(
         self,
@@ -284,6 +311,8 @@ class FusedSelectiveKernelAttn(nn.Module):
 class BatchNormAct2d(nn.BatchNorm2d):
     """Batch-norm, drop layer, activation: the structure of timm's class of this name, for units made without timm."""
 
+    __prepare_scriptable__ = _timm_twin
+
     def __init__(self, num_features: int, act_layer: type[nn.Module] | None, drop_layer: type[nn.Module] | None, **kwargs):
         super().__init__(num_features, **kwargs)
         self.drop = nn.Identity() if drop_layer is None else drop_layer()
@@ -298,6 +327,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
 class ConvNormAct(nn.Module):
     """One branch: the structure of timm's class of this name, for units made without timm."""
+
+    __prepare_scriptable__ = _timm_twin
 
     def __init__(
         self,

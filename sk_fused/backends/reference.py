@@ -187,7 +187,7 @@ def attend_backward(da, a, s, reduced, fc_reduce, weight, bias, mean, var, eps: 
     n = x * weight + bias
     dn = torch.where(n <= 0, 0.0, dlogits @ fc_select)
     dbias, dweight = dn.sum(0), (dn * x).sum(0)
-    centred = dn - dbias / len(s) - x * (dweight / len(s)) if training else dn
+    centred = dn - dbias / s.shape[0] - x * (dweight / s.shape[0]) if training else dn
     dreduced = weight * r * centred
     return dreduced @ fc_reduce, (dreduced.t() @ s).view(shapes[0]), dweight, dbias, (dlogits.t() @ F.relu(n)).view(shapes[1])
 
