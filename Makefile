@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup test bench report clean
+.PHONY: setup test bench bench-all bench-check report clean
 setup: $(VENV)/built
 
 # One pip call: torch is pinned in it, so nothing fetches another build of torch.
@@ -22,7 +22,28 @@ test: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.models $(ARGS)
-	$(BIN)/python -m benchmarks.units $(ARGS)
+	$(BIN)/python -m benchmarks.units --contenders timm sk_fused convolutions $(ARGS)
+
+# What sk_fused is compared with, beside torch and timm; nothing else needs them.
+$(VENV)/peers: $(VENV)/installed benchmarks/requirements.txt
+	$(BIN)/pip install --quiet --requirement requirements.txt --requirement benchmarks/requirements.txt
+	touch $@
+
+# Every result, then the report.
+bench-all: setup $(VENV)/peers
+	$(BIN)/python -m benchmarks.models
+	$(BIN)/python -m benchmarks.models --tax
+	$(BIN)/python -m benchmarks.units
+	$(BIN)/python -m benchmarks.passes
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.cold_start
+	$(BIN)/python -m benchmarks.check
+	$(BIN)/python -m benchmarks.report
+
+# What got slower since the committed results of this kind of device.
+bench-check: setup
+	$(BIN)/python -m benchmarks.check --quick $(ARGS)
 
 report: setup
 	$(BIN)/python -m benchmarks.report

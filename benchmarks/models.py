@@ -1,36 +1,47 @@
-"""Whole networks: timm's SK-ResNets as timm has them against the same with every SelectiveKernel fused, on photographs.
+"""Whole networks: timm's SK-ResNets as timm has them, the same with every SelectiveKernel fused, and their plain ResNet
+twins, on photographs, in eval and in a training step (forward and backward), each side in its faster layout. Parity of the
+logits and of the gradients is checked first, against timm in float64; a network that fails it gets no figures.
 
-Parity of the logits and of the gradients is checked first, against timm in float64; a network that fails it gets no
-figures. Then both run in both layouts, interleaved; each side is quoted in its faster layout."""
+--tax runs all five networks, eager and compiled, for the SK tax: how many times as long a network takes as its twin, which
+has almost the same multiplications. Kept apart, in tax.json."""
 
-import argparse
-import copy
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy
 import torch
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
-from . import harness
-from .harness import console
-
-harness.let_timm_import()
+from . import figures, harness
+from .cases import NETWORKS
+from .contenders import CONTENDERS, TWINS, Settings, entries, exact, kept
+from .harness import MODES, PAIR, Benchmark
 
 import timm  # noqa: E402
 
-import sk_fused  # noqa: E402
+SIDES = ("timm", "sk_fused", "timm:compile", "sk_fused:compile", "plain", "plain:compile")
+MAIN = ("skresnet18", "skresnet34", "skresnext50_32x4d")
 
-NAMES = ("skresnet18", "skresnet34", "skresnext50_32x4d")
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+# The SK tax that timm's own result files show, eval: (images/s of the twin) ÷ (images/s of the network). From
+# benchmark-infer-fp32-nchw-pt240-cpu-i9_10940x-dynamo.csv: torch.compile, float32, batch 1, on a desktop CPU.
+PUBLISHED = {
+    "skresnet18": 126.23 / 87.06,
+    "skresnet34": 80.61 / 50.69,
+    "skresnet50": 67.2 / 52.83,
+    "skresnet50d": 64.83 / 51.66,
+    "skresnext50_32x4d": 76.91 / 49.52,
+}
 
 
 def photographs(batch: int, size: int = 224) -> Tensor:
     """`batch` crops of scikit-learn's two sample photographs, normalized with ImageNet's mean and deviation."""
     generator = numpy.random.default_rng(0)
     mean, deviation = numpy.array([0.485, 0.456, 0.406]), numpy.array([0.229, 0.224, 0.225])
-    crops = []
+    images, crops = load_sample_images().images, []
     for i in range(batch):
-        image = load_sample_images().images[i % 2]
+        image = images[i % 2]
         top, left = (generator.integers(0, length - size + 1) for length in image.shape[:2])
         crops.append((image[top : top + size, left : left + size] / 255 - mean) / deviation)
     return torch.from_numpy(numpy.stack(crops)).permute(0, 3, 1, 2).float().contiguous()
@@ -41,110 +52,123 @@ def build(name: str) -> nn.Module:
     activations mean nothing."""
     torch.manual_seed(0)
     model = timm.create_model(name)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None
     with torch.no_grad():
         model(photographs(4))
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.1
+    for norm in norms:
+        norm.momentum = 0.1
     return model.eval()
 
 
-def parity(theirs: nn.Module, ours: nn.Module, x: Tensor) -> tuple[bool, float, float]:
-    """Whether logits (eval) and the input's gradient (training) hold the parity rule; our and their logits' max error."""
-    exact = copy.deepcopy(theirs).double()
-    with torch.no_grad():
-        logits = [model(x.to(dtype)) for model, dtype in ((ours, x.dtype), (theirs, x.dtype), (exact, torch.float64))]
-
-    def gradient(model: nn.Module, x: Tensor) -> Tensor:
-        x = x.clone().requires_grad_()
-        model = copy.deepcopy(model).train()
-        model(x).square().mean().backward()
-        return torch.cat([x.grad.flatten(), *(p.grad.flatten() for p in model.parameters())])
-
-    few = x[:4]
-    gradients = [gradient(ours, few), gradient(theirs, few), gradient(exact, few.double())]
-    passed = harness.within_parity(*logits) and harness.within_parity(*gradients)
-    return passed, harness.error(logits[0], logits[2]), harness.error(logits[1], logits[2])
-
-
-def measure(name: str, batch: int, seconds: float) -> dict | None:
-    theirs = build(name)
-    ours = copy.deepcopy(theirs)
-    report = sk_fused.fuse(ours)
-    unfused = [unit for unit in report.units if not unit.fused or unit.reason]
-    if unfused or not report.units:
-        raise RuntimeError(f"{name} is not fused wholly:\n{report}")
-    x = photographs(batch)
-    passed, our_error, their_error = parity(theirs, ours, x)
-    parameters = sum(p.numel() for p in theirs.parameters())
-    row = {"model": name, "parameters": parameters, "parity": passed, "max_logits_error": our_error, "timm_max_logits_error": their_error}
-    if not passed:
-        return row
-    runs = {"eval": {}, "train": {}}
-    for side, model in (("timm", theirs), ("fused", ours)):
-        for layout, memory_format in LAYOUTS.items():
-            laid_out = copy.deepcopy(model).to(memory_format=memory_format)
-            laid_out_x = x.to(memory_format=memory_format)
-            runs["eval"][f"{side} {layout}"] = harness.evaluation(laid_out, laid_out_x)
-            training = copy.deepcopy(laid_out).train()
-            g = torch.full((batch, 1000), 1 / batch)
-            runs["train"][f"{side} {layout}"] = harness.training_step(training, laid_out_x, g)
-    for kind, contenders in runs.items():
-        console.print(f"  {kind}: {', '.join(contenders)}, interleaved for about {seconds:.0f} s", style="dim")
-        times = harness.interleaved(contenders, seconds)
-        best = harness.fastest(times, "timm"), harness.fastest(times, "fused")
-        row[kind] = {"timm": best[0], "fused": best[1], "ratio": harness.ratio(times, best[1], best[0])}
-        row[kind]["contenders"] = {contender: harness.summary(values) for contender, values in times.items()}
-    row["bytes_kept"] = {}
-    for side, model in (("timm", theirs), ("fused", ours)):
-        training = copy.deepcopy(model).train()
-        row["bytes_kept"][side] = harness.bytes_kept(lambda: training(x), training, x)
-    row["bytes_kept"]["ratio"] = row["bytes_kept"]["fused"] / row["bytes_kept"]["timm"]
-    return row
+def rows(arguments: Namespace) -> Iterator[dict]:
+    settings = Settings(arguments.device, arguments.precision, network=True)
+    x = photographs(arguments.batch).to(arguments.device)
+    g = torch.randn(arguments.batch, 1000, generator=torch.Generator().manual_seed(0)).to(arguments.device) / arguments.batch
+    for name in harness.progress(arguments.models, "networks"):
+        model, twin = (build(each).to(arguments.device) for each in (name, NETWORKS[name]))
+        row = {"model": name, "parameters": sum(p.numel() for p in model.parameters())}
+        for mode in MODES:
+            reference = exact(model, x, g, mode, settings)
+            ours = {side: CONTENDERS[side] for side in arguments.contenders if side in CONTENDERS}
+            theirs = {side: TWINS[side] for side in arguments.contenders if side in TWINS}
+            runs = entries(ours, model, x, g, mode, settings) | entries(theirs, twin, x, g, mode, settings)
+            row[mode] = harness.race(runs, reference, arguments.seconds, arguments.device, against=("timm", "plain", "plain:compile"))
+            if harness.parity_failed(row[mode]):
+                break
+        else:
+            row["bytes_kept"] = {side: kept(CONTENDERS[side], model, x, settings) for side in PAIR}
+        yield row
 
 
-HEADER = ["model", "parameters", "max logits error (timm's own)", "eval ms (ratio)", "training step ms (ratio)", "MB kept for backward (ratio)"]
+def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """The fused network's figures, each with its ratio to timm eager, then the SK tax."""
+    header = ["model", "parameters", "max logits error (timm's own)", "eval ms (ratio)", "training step ms (ratio)", "MB kept for backward (ratio)"]
+    return [*header, "SK tax, eval: before → after", "training step"], [_cells(row) for row in rows]
 
 
-def cells(row: dict) -> list[str]:
-    """One row of the table: the fused network's figures, and the ratio to timm eager in its faster layout."""
-    start = [row["model"], f"{row['parameters'] / 1e6:.1f} M", f"{row['max_logits_error']:.1e} ({row['timm_max_logits_error']:.1e})"]
-    if not row["parity"]:
-        return [*start, "parity failed", "", ""]
-    for kind in ("eval", "train"):
-        figures = row[kind]
-        start.append(f"{figures['contenders'][figures['fused']]['median_ms']:.0f} ({figures['ratio']:.2f})")
-    return [*start, f"{row['bytes_kept']['fused'] / 1e6:.0f} ({row['bytes_kept']['ratio']:.2f})"]
+def _cells(row: dict) -> list[str]:
+    timm, ours = (row["eval"][side] for side in PAIR)
+    errors = [max(layout.get("max_error", 0.0) for layout in side["layouts"].values()) for side in (ours, timm)]
+    cells = [row["model"], f"{row['parameters'] / 1e6:.1f} M", f"{errors[0]:.1e} ({errors[1]:.1e})"]
+    if "bytes_kept" not in row:
+        return [*cells, "parity failed", *[""] * 4]
+    for mode in MODES:
+        cells.append(f"{row[mode]['sk_fused']['median_ms']:.0f} ({row[mode]['sk_fused']['ratio']['timm'][1]:.2f})")
+    theirs, kept = row["bytes_kept"].values()
+    return [*cells, f"{kept / 1e6:.0f} ({kept / theirs:.2f})", *(f"{_tax(row, mode, 'timm')} → {_tax(row, mode, 'sk_fused')}" for mode in MODES)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=8, help="images in a batch")
-    parser.add_argument("--seconds", type=float, default=30, help="time for each of a network's two interleaved measurements")
-    parser.add_argument("--models", nargs="+", default=list(NAMES), help="timm names")
-    arguments = parser.parse_args()
-    rows = []
-    for i, name in enumerate(arguments.models, 1):
-        console.print(f"{i}/{len(arguments.models)} {name}: parity, then timing")
-        rows.append(measure(name, arguments.batch, arguments.seconds))
-    harness.show(f"Fused SK networks, float32, batch {arguments.batch}, {harness.device_name()}; ratios to timm eager, lower is better", HEADER, [cells(row) for row in rows])
-    path = harness.save("models", rows, batch=arguments.batch, seconds=arguments.seconds, dtype="float32")
-    passed = [row for row in rows if row["parity"]]
-    if passed:
+def _tax(row: dict, mode: str, side: str) -> str:
+    ratio = row[mode].get(side, {}).get("ratio", {}).get(TWIN_OF.get(side, "plain"))
+    return f"{ratio[1]:.2f}" if ratio else "–"
+
+
+# What a compiled network is compared with is compiled.
+TWIN_OF = {"timm:compile": "plain:compile", "sk_fused:compile": "plain:compile"}
+
+
+def figure(result: dict, path: Path) -> None:
+    """What fusing changes: the ratios to timm eager of time and memory."""
+    rows = result["rows"]
+    page, (axes,) = figures.page(height=4.0, width=max(7.5, 2.2 * len(rows)))
+    series = {title: [row[mode]["sk_fused"]["ratio"]["timm"][1] for row in rows] for mode, title in MODES.items()}
+    series["bytes kept for the backward"] = [row["bytes_kept"]["sk_fused"] / row["bytes_kept"]["timm"] for row in rows]
+    figures.bars(axes, [row["model"] for row in rows], series)
+    axes.axhline(1, color="black", linewidth=0.9, linestyle="--")
+    axes.set_ylabel("ratio to timm eager", fontsize=8.5)
+    figures.finish(page, "sk_fused beside timm eager (= 1): time and memory, lower is better", harness.source(result), path, axes)
+
+
+def tax_table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """The SK tax of every side, beside what timm published."""
+    header = ["model", "mode", *(f"{side} ÷ {TWIN_OF.get(side, 'plain')}" for side in SIDES[:4]), "timm's own files, compiled, another CPU"]
+    published = [[f"{PUBLISHED[row['model']]:.2f}", "–"] for row in rows]
+    return header, [
+        [row["model"], title, *(_tax(row, mode, side) for side in SIDES[:4]), known]
+        for row, values in zip(rows, published)
+        for (mode, title), known in zip(MODES.items(), values)
+        if mode in row
+    ]
+
+
+def tax_figure(result: dict, path: Path) -> None:
+    """The SK tax before and after, eval above, training step below."""
+    rows = result["rows"]
+    page, axes = figures.page(2, height=6.2, width=max(7.5, 2.0 * len(rows)))
+    for each, (mode, title) in zip(axes, MODES.items()):
         series = {
-            "eval time": [row["eval"]["ratio"] for row in passed],
-            "training step time": [row["train"]["ratio"] for row in passed],
-            "bytes kept for the backward": [row["bytes_kept"]["ratio"] for row in passed],
+            side: [row[mode][side]["ratio"].get(TWIN_OF.get(side, "plain"), [None] * 2)[1] for row in rows]
+            for side in SIDES[:4]
+            if any(row[mode].get(side, {}).get("ratio") for row in rows)
         }
-        title = f"sk_fused, ratio to timm eager (lower is better)\nfloat32, batch {arguments.batch}, {harness.device_name()}"
-        harness.bar_chart(path.with_suffix(".png"), title, [row["model"] for row in passed], series, "ratio to timm eager")
-    console.print(f"written: {path.relative_to(harness.ROOT.parent)}")
-    if len(passed) < len(rows):
-        raise SystemExit("parity failed: " + ", ".join(row["model"] for row in rows if not row["parity"]))
+        figures.bars(each, [row["model"] for row in rows], series)
+        each.axhline(1, color="black", linewidth=0.9, linestyle="--")
+        each.set_ylabel(f"{title}: time ÷ that of\nthe plain ResNet twin", fontsize=8.5)
+    figures.finish(page, "SK tax (1 = as fast as the plain ResNet, lower is better; compiled beside compiled)", harness.source(result), path, axes[0])
 
+
+def options(parser: ArgumentParser) -> None:
+    parser.add_argument("--models", nargs="+", choices=NETWORKS, default=list(MAIN), help="timm's names")
+    parser.add_argument("--contenders", nargs="+", choices=SIDES, default=["timm", "sk_fused", "plain"], help="who takes part; plain is the twin")
+    parser.add_argument("--tax", action="store_true", help="all five networks and all contenders, unless others are named; writes tax.json")
+    parser.set_defaults(seconds=30.0)
+
+
+QUICK = {"models": ["skresnet18"], "seconds": 5.0}
+BENCHMARK = Benchmark("models", __doc__, rows, table, figure, options, QUICK)
+TAX = BENCHMARK._replace(
+    name="tax",
+    doc="The SK tax: " + __doc__,
+    table=tax_table,
+    figure=tax_figure,
+    # Compiling a network takes minutes.
+    quick={**QUICK, "contenders": ["timm", "sk_fused", "plain"]},
+    options=lambda parser: (options(parser), parser.set_defaults(models=list(NETWORKS), contenders=list(SIDES))),
+)
 
 if __name__ == "__main__":
-    main()
+    import sys
+
+    harness.command(TAX if "--tax" in sys.argv else BENCHMARK)

@@ -1,40 +1,99 @@
-"""Writes the tables of the README from the committed results, between the marks that name them."""
+"""`make report`: every committed result's figure and one Markdown report per device, made from the JSON, and the tables of
+the README, between the marks that name a benchmark and a device's folder."""
 
 import json
 import re
 from pathlib import Path
 
-from . import models, units
-from .harness import ROOT
+from . import check, cold_start, harness, memory, models, passes, scaling, units
+from .harness import REPOSITORY, ROOT, Benchmark
 
-README = ROOT.parent / "README.md"
-TABLES = {"models": models, "units": units}
+README = REPOSITORY / "README.md"
+BENCHMARKS: tuple[Benchmark, ...] = (
+    models.BENCHMARK,
+    models.TAX,
+    *(script.BENCHMARK for script in (units, passes, memory, scaling, cold_start, check)),
+)
 
 
-def markdown(path: Path, benchmark) -> str:
-    """One results file as a table, with the machine and the commit that it was measured on."""
+def results(benchmark: Benchmark, folder: Path) -> list[Path]:
+    """The benchmark's results of a device: in float32 and in other precisions; quick runs are not reported."""
+    names = [benchmark.name, *(f"{benchmark.name}-{precision}" for precision in harness.PRECISIONS)]
+    return [path for name in names if (path := folder / f"{name}.json").exists()]
+
+
+def markdown(benchmark: Benchmark, path: Path, beside: Path) -> str:
+    """One result, for a Markdown file in the folder `beside`: what it was measured on, the table, the figure."""
     result = json.loads(path.read_text())
-    environment, settings = result["environment"], result["settings"]
-    lines = [" | ".join(benchmark.HEADER), " | ".join("---" for _ in benchmark.HEADER)]
-    lines += [" | ".join(benchmark.cells(row)) for row in result["rows"]]
-    source = (
-        f"{environment['device']}; {settings['dtype']}, batch {settings['batch']}; torch {environment['torch']}, timm {environment['timm']}; "
-        f"commit {environment['commit']}, {environment['date']}; [{path.name}]({path.relative_to(README.parent)})"
-    )
-    return "\n".join([source, "", *(f"| {line} |" for line in lines)])
+    header, cells = benchmark.table(result["rows"])
+    lines = [f"{harness.source(result)}; [{path.name}]({_link(path, beside)})", ""]
+    lines += [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *cells)]
+    if path.with_suffix(".png").exists():
+        lines += ["", f"![{benchmark.title}]({_link(path.with_suffix('.png'), beside)})"]
+    return "\n".join(lines)
+
+
+def _link(path: Path, beside: Path) -> str:
+    return path.relative_to(beside).as_posix()
+
+
+def could_not(rows: object, name: str = "") -> dict[str, str]:
+    """The sides of these rows that could not run, or were not timed, with the first reason."""
+    found: dict[str, str] = {}
+    for key, value in rows.items() if isinstance(rows, dict) else enumerate(rows) if isinstance(rows, list) else ():
+        if key == "layouts":
+            continue
+        if isinstance(value, dict) and isinstance(value.get("error"), str):
+            found.setdefault(str(key), value["error"])
+        found = could_not(value, str(key)) | found
+    return found
+
+
+def device_report(folder: Path) -> str:
+    """All results of one device."""
+    sections = []
+    for benchmark in BENCHMARKS:
+        for path in results(benchmark, folder):
+            title = benchmark.title + path.stem.removeprefix(benchmark.name).replace("-", ", ")
+            what = benchmark.doc.strip().split(": ", 1)[1]
+            sections.append(f"## {title}\n\n{what[0].upper()}{what[1:]}\n\n{markdown(benchmark, path, folder)}")
+            ceilings = json.loads(path.read_text())["ceilings"]
+            sections.append(f"Measured beside it: copy {ceilings['copy_GBps']:.1f} GB/s, matrix units {ceilings['matrix_GFLOPs']:.0f} GFLOP/s.")
+            errors = could_not(json.loads(path.read_text())["rows"])
+            if errors:
+                sections.append("Not timed:\n\n" + "\n".join(f"- {side}: `{error}`" for side, error in errors.items()))
+    return "\n\n".join([f"# Results: {folder.name}", "Written by `make report` from the JSON beside it.", *sections]) + "\n"
+
+
+def readme(text: str) -> str:
+    """The README's text with its tables brought up to the results."""
+
+    def table(match: re.Match) -> str:
+        benchmark = next(benchmark for benchmark in BENCHMARKS if benchmark.name == match["name"])
+        path = ROOT / "results" / match["device"] / f"{benchmark.name}.json"
+        text = markdown(benchmark, path, REPOSITORY) if path.exists() else "Not measured yet."
+        return f"{match['mark']}\n{text}\n{match['end']}"
+
+    return re.sub(r"(?P<mark><!-- (?P<name>\w+) (?P<device>[\w-]+) -->)\n.*?(?P<end><!-- end -->)", table, text, flags=re.DOTALL)
+
+
+def stale(path: Path) -> list[str]:
+    """The kernels' sources whose code is no longer what this result was measured with."""
+    environment = json.loads(path.read_text())["environment"]
+    then, now = environment["kernels"], harness.kernels(environment["device_type"])
+    return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
 
 
 def main() -> None:
-    text = README.read_text()
-    for name, benchmark in TABLES.items():
-        results = sorted((ROOT / "results").glob(f"*/{name}.json"))
-        tables = "\n\n".join(markdown(path, benchmark) for path in results)
-        text, found = re.subn(
-            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda match: f"{match[1]}{tables}\n{match[2]}", text, flags=re.DOTALL
-        )
-        if not found:
-            raise SystemExit(f"README.md has no marks for {name}")
-    README.write_text(text)
+    for folder in sorted(path for path in (ROOT / "results").glob("*") if path.is_dir()):
+        for benchmark in BENCHMARKS:
+            for path in results(benchmark, folder):
+                if stale(path):
+                    harness.console.print(f"{path.relative_to(REPOSITORY)} is older than {', '.join(stale(path))}", style="red")
+                if benchmark.figure:
+                    benchmark.figure(json.loads(path.read_text()), path.with_suffix(".png"))
+        (folder / "README.md").write_text(device_report(folder))
+    README.write_text(readme(README.read_text()))
 
 
 if __name__ == "__main__":

@@ -1,135 +1,84 @@
-"""One SK unit: timm eager against the fused one, in both layouts, eval and training step (forward and backward), and
-the branches' convolutions alone, which no fusion after them can beat."""
+"""One SK unit: timm's against the fused one, in eval and in a training step (forward and backward), each side in its faster
+layout, beside compilers and inference runtimes. The convolutions of the branches alone are what a user may believe to be
+the floor, the physical floor is what the device needs to move the compulsory bytes, or to multiply. Also counted, and
+exact: bytes kept for the backward, and, beside the convolutions, operators called and passes over a branch."""
 
-import argparse
-import copy
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
-from . import harness
-from .harness import console
-
-harness.let_timm_import()
-
-from timm.layers import SelectiveKernel  # noqa: E402
-
-import sk_fused  # noqa: E402
-
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-
-# The SK units of skresnet18 and skresnet34 (split input), and of skresnext50_32x4d (32 groups, whole input).
-CASES = {
-    "64 ch 56², split": (dict(in_channels=64, rd_ratio=1 / 8, rd_divisor=16), 56),
-    "128 ch 28², split": (dict(in_channels=128, rd_ratio=1 / 8, rd_divisor=16), 28),
-    "256 ch 14², split": (dict(in_channels=256, rd_ratio=1 / 8, rd_divisor=16), 14),
-    "512 ch 7², split": (dict(in_channels=512, rd_ratio=1 / 8, rd_divisor=16), 7),
-    "128 ch 56², 32 groups": (dict(in_channels=128, groups=32, split_input=False, rd_divisor=32), 56),
-    "256 ch 28², 32 groups": (dict(in_channels=256, groups=32, split_input=False, rd_divisor=32), 28),
-    "512 ch 14², 32 groups": (dict(in_channels=512, groups=32, split_input=False, rd_divisor=32), 14),
-    "1024 ch 7², 32 groups": (dict(in_channels=1024, groups=32, split_input=False, rd_divisor=32), 7),
-}
+from . import figures, harness
+from .cases import MAIN, UNITS
+from .contenders import CONTENDERS, Settings, entries, exact, kept, passes
+from .harness import MODES, PAIR, Benchmark
 
 
-class Convolutions(nn.Module):
-    """The branches' convolutions of a unit and nothing else."""
-
-    def __init__(self, unit: nn.Module):
-        super().__init__()
-        self.split_input = unit.split_input
-        self.convs = nn.ModuleList(path.conv for path in unit.paths)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        xs = x.split(x.shape[1] // len(self.convs), 1) if self.split_input else [x] * len(self.convs)
-        return [conv(x_m) for conv, x_m in zip(self.convs, xs)]
-
-
-def convolutions_step(module: nn.Module, x: Tensor, g: Tensor):
-    def run() -> None:
-        module.zero_grad(set_to_none=True)
-        x.grad = None
-        ys = module(x)
-        torch.autograd.backward(ys, [g] * len(ys))
-
-    return run
-
-
-def parity(theirs: nn.Module, ours: nn.Module, x: Tensor, g: Tensor) -> bool:
-    """The parity rule for output, input gradient and every parameter's gradient, training."""
-    results = []
-    for model, dtype in ((ours, x.dtype), (theirs, x.dtype), (theirs, torch.float64)):
-        model = copy.deepcopy(model).to(dtype).train()
-        leaf = x.detach().to(dtype).requires_grad_()
-        v = model(leaf)
-        v.backward(g.to(dtype))
-        results.append([v.detach(), leaf.grad, *(p.grad for p in model.parameters())])
-    return all(harness.within_parity(*tensors) for tensors in zip(*results))
+def rows(arguments: Namespace) -> Iterator[dict]:
+    names = list(UNITS) if arguments.units == ["all"] else arguments.units
+    settings = Settings(arguments.device, arguments.precision)
+    contenders = {side: CONTENDERS[side] for side in arguments.contenders}
+    for name in harness.progress(names, "units"):
+        case = UNITS[name]
+        unit = case.unit().to(arguments.device)
+        x, g = case.tensors(arguments.batch, arguments.device)
+        row = {"unit": name, "floor": {}, "exact": {}}
+        for mode in MODES:
+            runs = entries(contenders, unit, x, g, mode, settings)
+            reference = exact(unit, x, g, mode, settings)
+            row[mode] = harness.race(runs, reference, arguments.seconds, arguments.device, against=("timm", "convolutions"))
+            floor = case.floor(arguments.batch, mode, 2 if arguments.precision == "bfloat16" else 4)
+            row["floor"][mode] = {**floor._asdict(), "ms": floor.ms(arguments.ceilings)}
+        for side in PAIR:
+            row["exact"][side] = {"bytes_kept": kept(CONTENDERS[side], unit, x, settings)}
+            for mode in MODES:
+                row["exact"][side][mode] = passes(CONTENDERS[side], unit, x, g, mode, settings, case.branch_values(arguments.batch))
+        yield row
 
 
-def measure(name: str, batch: int, seconds: float) -> dict:
-    arguments, size = CASES[name]
-    torch.manual_seed(0)
-    theirs = SelectiveKernel(**arguments)
-    ours = copy.deepcopy(theirs)
-    sk_fused.fuse(ours)
-    C = arguments["in_channels"]
-    x, g = torch.randn(batch, C, size, size), torch.randn(batch, C, size, size)
-    row = {"unit": name, "parity": parity(theirs, ours, x, g)}
-    if not row["parity"]:
-        return row
-    runs = {"eval": {}, "train": {}}
-    for layout, memory_format in LAYOUTS.items():
-        laid_out_x, laid_out_g = (t.to(memory_format=memory_format).detach() for t in (x, g))
-        for side, model in (("timm", theirs), ("fused", ours), ("convolutions", Convolutions(theirs))):
-            evaluated, trained = (copy.deepcopy(model).to(memory_format=memory_format).train(train) for train in (False, True))
-            step = convolutions_step if side == "convolutions" else harness.training_step
-            runs["eval"][f"{side} {layout}"] = harness.evaluation(evaluated, laid_out_x)
-            runs["train"][f"{side} {layout}"] = step(trained, laid_out_x.clone().requires_grad_(), laid_out_g)
-    for kind, contenders in runs.items():
-        times = harness.interleaved(contenders, seconds)
-        best = {side: harness.fastest(times, side) for side in ("timm", "fused", "convolutions")}
-        row[kind] = {**best, "ratio": harness.ratio(times, best["fused"], best["timm"])}
-        row[kind]["contenders"] = {contender: harness.summary(values) for contender, values in times.items()}
-    row["bytes_kept"] = {}
-    for side, model in (("timm", theirs), ("fused", ours)):
-        training = copy.deepcopy(model).train()
-        row["bytes_kept"][side] = harness.bytes_kept(lambda: training(x), training, x)
-    row["bytes_kept"]["ratio"] = row["bytes_kept"]["fused"] / row["bytes_kept"]["timm"]
-    return row
+def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """Milliseconds of the main sides, and the ratio of sk_fused to timm eager, pair by pair."""
+    header = ["unit", "mode", "timm, ms", "best peer, ms", "sk_fused, ms", "convolutions, ms", "floor, ms", "sk_fused ÷ timm (quartiles)", "passes, timm → sk_fused", "MB kept, ÷ timm's"]
+    return header, [_cells(row, mode) for row in rows for mode in MODES]
 
 
-HEADER = ["unit", "eval ms: timm", "fused", "convolutions", "ratio", "training ms: timm", "fused", "convolutions", "ratio", "bytes kept, ratio"]
+def _cells(row: dict, mode: str) -> list[str]:
+    sides, cells = row[mode], [row["unit"], MODES[mode]]
+    if "median_ms" not in sides["sk_fused"]:
+        return [*cells, *[""] * 5, sides["sk_fused"]["error"], "", ""]
+    peers = {side: sides[side]["median_ms"] for side in sides if side in _PEERS and "median_ms" in sides[side]}
+    best = min(peers, key=peers.get, default=None)
+    timm, ours, convolutions = (f"{sides[side]['median_ms']:.2f}" if "median_ms" in sides.get(side, {}) else "" for side in _SHOWN)
+    low, median, high = sides["sk_fused"]["ratio"]["timm"]
+    cells += [timm, f"{peers[best]:.2f} {best}" if best else "", ours, convolutions, f"{row['floor'][mode]['ms']:.2f}", f"{median:.2f} ({low:.2f}–{high:.2f})"]
+    cells.append(" → ".join(f"{row['exact'][side][mode]['passes']:g}" for side in PAIR))
+    theirs, kept = (row["exact"][side]["bytes_kept"] for side in PAIR)
+    return [*cells, "" if mode == "eval" else f"{kept / 1e6:.1f}, {kept / theirs:.2f}"]
 
 
-def cells(row: dict) -> list[str]:
-    """One row of the table: each side in its faster layout, and the ratio of fused to timm."""
-    if not row["parity"]:
-        return [row["unit"], "parity failed", *[""] * (len(HEADER) - 2)]
-    cells = [row["unit"]]
-    for kind in ("eval", "train"):
-        figures = row[kind]
-        cells += [f"{figures['contenders'][figures[side]]['median_ms']:.2f}" for side in ("timm", "fused", "convolutions")]
-        cells.append(f"{figures['ratio']:.2f}")
-    return [*cells, f"{row['bytes_kept']['ratio']:.2f}"]
+_SHOWN = ("timm", "sk_fused", "convolutions")
+_PEERS = [side for side in CONTENDERS if not side.startswith("sk_fused") and side not in _SHOWN]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=8, help="images in a batch")
-    parser.add_argument("--seconds", type=float, default=5, help="time for each of a unit's two interleaved measurements")
-    parser.add_argument("--units", nargs="+", choices=list(CASES), default=list(CASES), metavar="UNIT", help=", ".join(CASES))
-    arguments = parser.parse_args()
-    rows = []
-    for i, name in enumerate(arguments.units, 1):
-        console.print(f"{i}/{len(arguments.units)} {name}")
-        rows.append(measure(name, arguments.batch, arguments.seconds))
-    harness.show(f"SK units, float32, batch {arguments.batch}, {harness.device_name()}; ratios to timm eager, lower is better", HEADER, [cells(row) for row in rows])
-    path = harness.save("units", rows, batch=arguments.batch, seconds=arguments.seconds, dtype="float32")
-    console.print(f"written: {path.relative_to(harness.ROOT.parent)}")
-    failed = [row["unit"] for row in rows if not row["parity"]]
-    if failed:
-        raise SystemExit(f"parity failed: {', '.join(failed)}")
+def figure(result: dict, path: Path) -> None:
+    """Speed-up over timm eager, unit by unit: eval above, training step below."""
+    rows = result["rows"]
+    page, axes = figures.page(2, height=6.6, width=max(7.5, 1.25 * len(rows)))
+    # The forced backends are for the report: the chosen one is drawn.
+    for each, (mode, title) in zip(axes, MODES.items()):
+        sides = [side for side in figures.STYLE if side != "timm" and any(side in row[mode] for row in rows)]
+        series = {side: [1 / row[mode][side]["ratio"]["timm"][1] if row[mode].get(side, {}).get("ratio") else None for row in rows] for side in sides}
+        figures.bars(each, [figures.wrapped(row["unit"]) for row in rows], series)
+        each.axhline(1, color="black", linewidth=0.9, linestyle="--")
+        each.set_ylabel(f"{title}: times as fast\nas timm eager", fontsize=8.5)
+    figures.finish(page, "Speed of one SK unit (timm eager = 1, higher is better)", harness.source(result), path, axes[0])
 
+
+def options(parser: ArgumentParser) -> None:
+    parser.add_argument("--units", nargs="+", choices=[*UNITS, "all"], default=MAIN, metavar="UNIT", help=f"all, or some of: {'; '.join(UNITS)}")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="who takes part (default: all)")
+
+
+BENCHMARK = Benchmark("units", __doc__, rows, table, figure, options, {"units": [MAIN[0], MAIN[4]], "contenders": ["timm", "timm:compile", "sk_fused", "convolutions"], "seconds": 2.0})
 
 if __name__ == "__main__":
-    main()
+    harness.command(BENCHMARK)

@@ -35,12 +35,12 @@ def assert_within(name: str, ours: Tensor, theirs: Tensor, exact: Tensor, magnit
         return
     if ours.dtype == torch.float64:
         theirs = exact + (theirs.double() - exact) * _TO_FLOAT64
-    errors = f"{name}: error {harness.error(ours, exact):.3g}, theirs {harness.error(theirs, exact):.3g}, largest {exact.abs().max():.3g}"
+    errors = f"{name}: error {harness.error_of(ours, exact):.3g}, theirs {harness.error_of(theirs, exact):.3g}, largest {exact.abs().max():.3g}"
     if magnitude is None:
         assert harness.within_parity(ours, theirs, exact), errors
     else:
         ulp = torch.finfo(ours.dtype).eps * magnitude.abs().max().item()
-        assert harness.error(ours, exact) <= 2 * harness.error(theirs, exact) + 4 * ulp, errors
+        assert harness.error_of(ours, exact) <= 2 * harness.error_of(theirs, exact) + 4 * ulp, errors
 
 
 def pair(dtype: torch.dtype = torch.float32, layout: str = "contiguous", **arguments) -> tuple[nn.Module, nn.Module]:
@@ -110,7 +110,7 @@ def assert_parity(
 
 def worse(contiguous: Mapping[str, Tensor], channels_last: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Of two runs, tensor by tensor the one with the larger error: an error is one draw of chance, and two are known better."""
-    return {name: max(contiguous[name], channels_last[name], key=lambda value: harness.error(value, right)) for name, right in exact.items()}
+    return {name: max(contiguous[name], channels_last[name], key=lambda value: harness.error_of(value, right)) for name, right in exact.items()}
 
 
 def assert_all_within(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> None:

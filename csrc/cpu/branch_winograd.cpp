@@ -54,7 +54,7 @@ SK_INLINE void transform_gradients(const float* pixel, int64_t row_step, int64_t
 }
 
 // G g G^T for L output channels, packed side by side, to u[position][inputs][step].
-void transform_weights(const float* packed, int64_t inputs, int64_t channel_step, int64_t tap_step, float* u, int64_t step) {
+void transform_weights(const float* packed, int64_t inputs, int64_t channel_step, int64_t tap_step, float* u, int64_t step, int64_t position_step) {
   constexpr int64_t L = kLanes<float>;
   for (int64_t i = 0; i < inputs; ++i) {
     Vec<float> g[4][3];
@@ -67,23 +67,23 @@ void transform_weights(const float* packed, int64_t inputs, int64_t channel_step
       g[3][kx] = g2;
     }
     for (int r = 0; r < 4; ++r) {
-      float* const to = u + (4 * r * inputs + i) * step;
+      float* const to = u + 4 * r * position_step + i * step;
       store(to, g[r][0]);
-      store(to + inputs * step, 0.5f * (g[r][0] + g[r][1] + g[r][2]));
-      store(to + 2 * inputs * step, 0.5f * (g[r][0] - g[r][1] + g[r][2]));
-      store(to + 3 * inputs * step, g[r][2]);
+      store(to + position_step, 0.5f * (g[r][0] + g[r][1] + g[r][2]));
+      store(to + 2 * position_step, 0.5f * (g[r][0] - g[r][1] + g[r][2]));
+      store(to + 3 * position_step, g[r][2]);
     }
   }
 }
 
 // Its transpose, for the gradients of L output channels: G^T du G, to out[(i * 9 + k) * L].
-void transform_weight_gradients(const float* du, int64_t inputs, int64_t step, float* out) {
+void transform_weight_gradients(const float* du, int64_t inputs, int64_t step, int64_t position_step, float* out) {
   constexpr int64_t L = kLanes<float>;
   for (int64_t i = 0; i < inputs; ++i) {
     Vec<float> g[3][4];
     for (int c = 0; c < 4; ++c) {
       Vec<float> u[4];
-      for (int r = 0; r < 4; ++r) u[r] = load(du + ((4 * r + c) * inputs + i) * step);
+      for (int r = 0; r < 4; ++r) u[r] = load(du + (4 * r + c) * position_step + i * step);
       g[0][c] = u[0] + 0.5f * (u[1] + u[2]);
       g[1][c] = 0.5f * (u[1] - u[2]);
       g[2][c] = u[3] + 0.5f * (u[1] + u[2]);
@@ -167,11 +167,12 @@ template <class T, int kVecs>
 void convolve_tasks(const Winograd& s, const T* x, const float* packed, bool add, T* out, float* scratch, int64_t first, int64_t last) {
   constexpr int64_t L = kLanes<float>, kChunk = kVecs * L;
   const Plane plane = s.plane(scratch, s.in, s.inputs);
+  const int64_t v_step = position_step(s.span * s.inputs), u_step = position_step(s.inputs * kChunk), m_step = position_step(kTilesOfProduct * kChunk);
   float* const v = scratch + s.plane_size(s.in, s.inputs);
-  float* const u = v + 16 * s.span * s.inputs;
-  float* const m = u + 16 * s.inputs * kChunk;
+  float* const u = v + 16 * v_step;
+  float* const m = u + 16 * u_step;
   // channels_last outputs go where they belong at once.
-  float* const picture = s.out.channels_last ? nullptr : m + 16 * kTilesOfProduct * kChunk;
+  float* const picture = s.out.channels_last ? nullptr : m + 16 * m_step;
   for (int64_t task = first; task < last; ++task) {
     const int64_t part = task % s.parts, group = task / s.parts % s.groups, image = task / s.parts / s.groups * s.images;
     const int64_t begin = s.chunk_of(part, kChunk), end = s.chunk_of(part + 1, kChunk), channels = end - begin;
@@ -187,25 +188,24 @@ void convolve_tasks(const Winograd& s, const T* x, const float* packed, bool add
         if (in_image == 0) pack(x + s.in.offset(image + (start + t) / s.tiles, s.first_input + group * s.inputs), s.in, s.inputs, plane);
         const Tile& tile = s.tile[in_image];
         const float* const pixel = plane.row(tile.row - s.dilation) + (tile.column - s.dilation) * s.inputs;
-        transform_inputs(pixel, s.dilation * plane.columns * s.inputs, s.dilation * s.inputs, s.inputs, v + t * s.inputs, s.span * s.inputs);
+        transform_inputs(pixel, s.dilation * plane.columns * s.inputs, s.dilation * s.inputs, s.inputs, v + t * s.inputs, v_step);
       }
       for (int64_t c = begin; c < end; c += kChunk) {
         for (int j = 0; j < kVecs; ++j)
-          transform_weights(packed + (group * s.outputs + c + j * L) * s.inputs * 9, s.inputs, s.channel_step, s.tap_step, u + j * L, kChunk);
+          transform_weights(packed + (group * s.outputs + c + j * L) * s.inputs * 9, s.inputs, s.channel_step, s.tap_step, u + j * L, kChunk, u_step);
         for (int64_t from = 0; from < count; from += kTilesOfProduct) {
           const int64_t to = from + kTilesOfProduct < count ? from + kTilesOfProduct : count;
           for (int64_t position = 0; position < 16; ++position)
             for (int64_t t = from; t < to; t += kRows)
-              multiply<kRows, kVecs>(v + (position * s.span + t) * s.inputs, u + position * s.inputs * kChunk, s.inputs,
-                                     m + (position * kTilesOfProduct + t - from) * kChunk);
+              multiply<kRows, kVecs>(v + position * v_step + t * s.inputs, u + position * u_step, s.inputs, m + position * m_step + (t - from) * kChunk);
           for (int64_t t = from; t < to; ++t) {
             const int64_t b = (start + t) / s.tiles;
             const Tile& tile = s.tile[(start + t) % s.tiles];
             const float* const product = m + (t - from) * kChunk;
             if (picture)
-              store_tile<float, kVecs>(s, tile, add, product, kTilesOfProduct * kChunk, picture + b * s.out.pixels() * channels + c - begin, channels);
+              store_tile<float, kVecs>(s, tile, add, product, m_step, picture + b * s.out.pixels() * channels + c - begin, channels);
             else
-              store_tile<T, kVecs>(s, tile, add, product, kTilesOfProduct * kChunk, out + s.out.offset(image + b, out_channel - begin + c), s.out.C);
+              store_tile<T, kVecs>(s, tile, add, product, m_step, out + s.out.offset(image + b, out_channel - begin + c), s.out.C);
           }
         }
       }
@@ -221,13 +221,14 @@ template <class T, int kVecs>
 void weight_gradient_tasks(const Winograd& s, const T* x, const T* dy, float* partial, T* dweight, float* scratch, int64_t first, int64_t last) {
   constexpr int64_t L = kLanes<float>, kChunk = kVecs * L;
   const Plane inputs = s.plane(scratch, s.in, s.inputs), gradients = s.plane(scratch + s.plane_size(s.in, s.inputs), s.out, kChunk);
+  const int64_t v_step = position_step(s.span * s.inputs), d_step = position_step(s.span * kChunk), du_step = position_step(s.inputs * kChunk);
   float* const v = scratch + s.plane_size(s.in, s.inputs) + s.plane_size(s.out, kChunk);
-  float* const d = v + 16 * s.span * s.inputs;
-  float* const du = d + 16 * s.span * kChunk;
+  float* const d = v + 16 * v_step;
+  float* const du = d + 16 * d_step;
   const int64_t chunks = s.outputs / kChunk;
   for (int64_t task = first; task < last; ++task) {
     const int64_t channel = task % (s.groups * chunks) * kChunk, part = task / (s.groups * chunks), group = channel / s.outputs;
-    std::memset(du, 0, 16 * s.inputs * kChunk * sizeof(float));
+    std::memset(du, 0, 16 * du_step * sizeof(float));
     const int64_t begin = part * s.B / s.parts, tiles = ((part + 1) * s.B / s.parts - begin) * s.tiles;
     for (int64_t start = 0; start < tiles; start += s.span) {
       const int64_t count = tiles - start < s.span ? tiles - start : s.span;
@@ -239,18 +240,18 @@ void weight_gradient_tasks(const Winograd& s, const T* x, const T* dy, float* pa
         }
         const Tile& tile = s.tile[in_image];
         const int64_t rows = s.dilation * inputs.columns, columns = s.dilation;
-        transform_inputs(inputs.row(tile.row - columns) + (tile.column - columns) * s.inputs, rows * s.inputs, columns * s.inputs, s.inputs, v + t * s.inputs, s.span * s.inputs);
-        transform_gradients(gradients.row(tile.row) + tile.column * kChunk, rows * kChunk, columns * kChunk, kChunk, d + t * kChunk, s.span * kChunk);
+        transform_inputs(inputs.row(tile.row - columns) + (tile.column - columns) * s.inputs, rows * s.inputs, columns * s.inputs, s.inputs, v + t * s.inputs, v_step);
+        transform_gradients(gradients.row(tile.row) + tile.column * kChunk, rows * kChunk, columns * kChunk, kChunk, d + t * kChunk, d_step);
       }
       for (int64_t position = 0; position < 16; ++position)
         for (int64_t i = 0; i < s.inputs; i += kRows)
-          multiply_transposed<kRows, kVecs>(v + position * s.span * s.inputs + i, d + position * s.span * kChunk, count, s.inputs, du + (position * s.inputs + i) * kChunk);
+          multiply_transposed<kRows, kVecs>(v + position * v_step + i, d + position * d_step, count, s.inputs, du + position * du_step + i * kChunk);
     }
     const int64_t row = s.inputs * 9;
     for (int j = 0; j < kVecs; ++j) {
       // The transformed inputs have done their service.
       float* const sums = s.parts == 1 ? v : partial + (part * s.groups * s.outputs + channel + j * L) * row;
-      transform_weight_gradients(du + j * L, s.inputs, kChunk, sums);
+      transform_weight_gradients(du + j * L, s.inputs, kChunk, du_step, sums);
       if (s.parts == 1) unpack(sums, L, dweight + (channel + j * L) * row, Picture{L, 1, row, false}, L);
     }
   }
@@ -269,6 +270,9 @@ struct Tile {
 
 // Tiles that are multiplied by some output channels' weights before these outputs are made.
 constexpr int64_t kTilesOfProduct = 64;
+
+// From a position's values to the next one's: a power of two would bring all 16 into the same few lines of a cache.
+inline int64_t position_step(int64_t values) { return values + 16; }
 
 // One convolution of stride 1, and how it is cut into tasks.
 struct Winograd {
@@ -332,7 +336,8 @@ template <class T> static void convolve(Winograd w, const T* x, const Tensor& pa
   w.parts = std::clamp<int64_t>(4 * at::get_num_threads() / (image_groups * w.groups), 1, w.outputs / chunk);
   const int64_t most_channels = (w.outputs / chunk + w.parts - 1) / w.parts * chunk;
   const int64_t picture = w.out.channels_last ? 0 : w.images * w.out.pixels() * most_channels;
-  const int64_t scratch_size = w.plane_size(w.in, w.inputs) + 16 * (w.span * w.inputs + w.inputs * chunk + kTilesOfProduct * chunk) + picture;
+  const int64_t scratch_size = w.plane_size(w.in, w.inputs) + picture +
+      16 * (position_step(w.span * w.inputs) + position_step(w.inputs * chunk) + position_step(kTilesOfProduct * chunk));
   const auto kernel = chunk == L ? SK_PICK(convolve_tasks<T, 1>) : SK_PICK(convolve_tasks<T, 2>);
   parallel_tasks(image_groups * w.groups * w.parts, scratch_size, [&](float* scratch, int64_t first, int64_t last) {
     kernel(w, x, packed.const_data_ptr<float>(), add, out, scratch, first, last);
@@ -371,7 +376,8 @@ void branch_winograd_backward(const Convolutions& s, const Tensor& x, TensorList
       // Parts of the batch are summed apart, where there are too few chunks for many threads.
       w.parts = std::clamp<int64_t>((16 + chunks - 1) / chunks, 1, s.B);
       const Tensor partial = at::empty({w.parts == 1 ? 0 : w.parts, w.groups * w.outputs * s.row()}, at::kFloat);
-      const int64_t scratch_size = w.plane_size(w.in, w.inputs) + w.plane_size(w.out, chunk) + 16 * (w.span * (w.inputs + chunk) + w.inputs * chunk);
+      const int64_t scratch_size = w.plane_size(w.in, w.inputs) + w.plane_size(w.out, chunk) +
+          16 * (position_step(w.span * w.inputs) + position_step(w.span * chunk) + position_step(w.inputs * chunk));
       const auto kernel = chunk == L ? SK_PICK(weight_gradient_tasks<T, 1>) : SK_PICK(weight_gradient_tasks<T, 2>);
       parallel_tasks(w.parts * chunks, scratch_size, [&](float* scratch, int64_t first, int64_t last) {
         kernel(w, x.const_data_ptr<T>(), dys[m].const_data_ptr<T>(), partial.data_ptr<float>(), dweights[m].data_ptr<T>(), scratch, first, last);

@@ -23,10 +23,10 @@ struct Convolutions {
   // The channels of x that a branch sees.
   int64_t branch_inputs() const { return groups * inputs; }
   int64_t first_input(int64_t m) const { return split ? m * branch_inputs() : 0; }
-  // Small groups are convolved directly. Winograd's algorithm takes the rest: it saves more than half of the products, and
-  // pays where many channels meet at each tap.
-  bool direct() const { return !split && inputs == outputs && (inputs == 4 || inputs == 8 || inputs == 16 || inputs == 32); }
-  bool winograd() const { return !direct() && stride == 1 && inputs % 16 == 0 && outputs % 16 == 0; }
+  // Winograd's algorithm saves more than half of the products, and pays from 16 channels a group on. Smaller groups, and
+  // strides, are convolved directly.
+  bool winograd() const { return stride == 1 && inputs % 16 == 0 && outputs % 16 == 0; }
+  bool direct() const { return !winograd() && !split && inputs == outputs && (inputs == 4 || inputs == 8 || inputs == 16 || inputs == 32); }
 };
 
 // `x` and `weights`, checked. One layout for all weights.

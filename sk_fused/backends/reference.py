@@ -77,10 +77,14 @@ def why_not_convolve(
     return None
 
 
-def _convolutions(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int) -> list[Tensor]:
+def _shares(x: Tensor, weights: Sequence[Tensor], groups: int) -> Sequence[Tensor]:
+    """x_m of every branch."""
     inputs = groups * weights[0].shape[1]
-    xs = [x] * len(weights) if x.shape[1] == inputs else x.split(inputs, 1)
-    return [F.conv2d(x_m, w, None, stride, d, d, groups) for x_m, w, d in zip(xs, weights, dilations, strict=True)]
+    return [x] * len(weights) if x.shape[1] == inputs else x.split(inputs, 1)
+
+
+def _convolutions(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int) -> list[Tensor]:
+    return [F.conv2d(x_m, w, None, stride, d, d, groups) for x_m, w, d in zip(_shares(x, weights, groups), weights, dilations, strict=True)]
 
 
 def fold(weights, biases, means, variances, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -99,15 +103,14 @@ def branch(x, weights, stride: int, dilations, groups: int) -> tuple[list[Tensor
 def branch_backward(g, x, weights, stride: int, dilations, groups: int, ys, mean, scale, bias, a, t, p, q, activation: str, negative_slope: float):
     """dx, and dw of every branch, in the dtype of x."""
     dys = select_backward(g, ys, mean, scale, bias, a, t, p, q, activation, negative_slope)
-    inputs = groups * weights[0].shape[1]
-    split = x.shape[1] != inputs
+    xs = _shares(x, weights, groups)
     dxs, dweights = [], []
-    for dy, x_m, w, d in zip(dys, x.split(inputs, 1) if split else [x] * len(weights), weights, dilations, strict=True):
+    for dy, x_m, w, d in zip(dys, xs, weights, dilations, strict=True):
         geometry = [stride] * 2, [d] * 2, [d] * 2, False, [0, 0], groups
-        dx, dweight, _ = torch.ops.aten.convolution_backward(dy, x_m, w, None, *geometry, [True, True, False])
+        dx, dw, _ = torch.ops.aten.convolution_backward(dy, x_m, w, None, *geometry, [True, True, False])
         dxs.append(dx)
-        dweights.append(dweight)
-    return torch.cat(dxs, 1) if split else sum(dxs), dweights
+        dweights.append(dw)
+    return sum(dxs) if xs[0] is x else torch.cat(dxs, 1), dweights
 
 
 def unit(

@@ -1,0 +1,278 @@
+"""The branches' own convolutions: the operators branch, branch_backward and unit against PyTorch's convolutions, and the
+units that use them against timm."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sk_fused.backends import native, reference
+from sk_fused.functional import ACTIVATIONS
+
+from . import parity
+from .parity import LAYOUTS
+from .test_operators import flat, run_python
+
+# x channels, output channels, groups; B, H, W; stride; dilations. Direct: small groups, clusters that the channels do not
+# fill, rows of whole and of broken tiles. Winograd: dense and grouped, whole and split, odd maps, maps below a tile.
+CASES = {
+    "4 a group": (40, 40, 10, (2, 9, 13), 1, (1, 2)),
+    "4 a group, stride 2": (20, 20, 5, (3, 8, 7), 2, (1, 2, 3)),
+    "8 a group": (64, 64, 8, (2, 14, 16), 1, (2, 1)),
+    "8 a group, stride 2": (24, 24, 3, (1, 15, 14), 2, (3,)),
+    "16 a group": (48, 48, 3, (2, 7, 7), 1, (1, 2, 3)),
+    "16 a group, stride 2": (32, 32, 2, (2, 7, 10), 2, (1, 2)),
+    "32 a group": (96, 96, 3, (2, 7, 7), 1, (1, 2)),
+    "32 a group, stride 2": (64, 64, 2, (2, 5, 3), 2, (1, 2)),
+    "dense, split": (64, 64, 1, (3, 14, 14), 1, (1, 2)),
+    "dense, split in three": (48, 80, 1, (2, 9, 5), 1, (1, 2, 3)),
+    "dense, whole": (48, 32, 1, (2, 10, 7), 1, (1, 2)),
+    "dense, one branch": (64, 96, 1, (5, 6, 6), 1, (2,)),
+    "wide groups, split": (192, 96, 2, (1, 5, 8), 1, (1, 3)),
+    "dense, 1 × 1 maps": (32, 16, 1, (2, 1, 1), 1, (1, 2)),
+    "dense, many tiles": (32, 32, 1, (2, 37, 35), 1, (1, 2)),
+}
+
+
+def operands(case: str, dtype: torch.dtype = torch.float32, layout: str = "contiguous", activation: str = "relu") -> dict[str, tuple]:
+    """Arguments for the three operators."""
+    inputs, C, groups, (B, H, W), stride, dilations = CASES[case]
+    M, D = len(dilations), 8
+    split = "split" in case
+    x = torch.randn(B, inputs, H, W).to(dtype=dtype, memory_format=LAYOUTS[layout])
+    share = inputs // groups // (M if split else 1)
+    weights = [(torch.randn(C, share, 3, 3) / (9 * share) ** 0.5).to(dtype=dtype, memory_format=LAYOUTS[layout]) for _ in dilations]
+    convolution = x, weights, stride, list(dilations), groups
+    ys = [torch.randn(B, C, (H - 1) // stride + 1, (W - 1) // stride + 1).to(dtype=dtype, memory_format=LAYOUTS[layout]) for _ in dilations]
+    mean, scale, bias, p, q = 0.1 * torch.randn(5, M, C)
+    scale, a, t = 1 + scale, torch.randn(B, M, C).softmax(1), torch.randn(B, C)
+    attn = torch.randn(D, C) / C**0.5, *torch.rand(4, D), 1e-5, torch.randn(M * C, D)
+    return {
+        "branch": convolution,
+        "branch_backward": (torch.randn_like(ys[0]), *convolution, ys, mean, scale, bias, a, t, p, q, activation, 0.1),
+        "unit": (*convolution, mean, scale, bias, *attn, activation, 0.1),
+    }
+
+
+OPERATORS = ("branch", "branch_backward", "unit")
+
+
+def cast(value, dtype: torch.dtype):
+    """Every tensor in this dtype, for float64; for half precision the small arrays stay in float32."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(cast(item, dtype) for item in value)
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(dtype) if dtype == torch.float64 or value.dim() == 4 else value
+
+
+def results(backend, name: str, arguments: tuple) -> list[Tensor]:
+    return [tensor for result in flat(getattr(backend, name)(*arguments)) for tensor in (result if isinstance(result, list) else [result])]
+
+
+def assert_matches_pytorch(name: str, arguments: tuple) -> None:
+    exact = results(reference, name, cast(arguments, torch.float64))
+    for i, tensors in enumerate(zip(results(native, name, arguments), results(reference, name, arguments), exact, strict=True)):
+        parity.assert_within(f"{name}[{i}]", *tensors)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_convolutions_match_pytorch(case: str, dtype: torch.dtype, layout: str):
+    for name in OPERATORS:
+        assert_matches_pytorch(name, operands(case, dtype, layout)[name])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("case", ["4 a group", "dense, split"])
+def test_every_activation(case: str, activation: str):
+    for name in ("branch_backward", "unit"):
+        assert_matches_pytorch(name, operands(case, activation=activation)[name])
+
+
+@pytest.mark.parametrize("case", ["8 a group", "dense, split"])
+def test_weights_may_have_another_layout_than_x(case: str):
+    for name in OPERATORS:
+        x_last, plain = operands(case, layout="channels_last")[name], operands(case)[name]
+        i = 1 + (name == "branch_backward")
+        assert_matches_pytorch(name, (*x_last[:i], plain[i], *x_last[i + 1 :]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", ["4 a group", "16 a group, stride 2", "dense, split", "dense, whole"])
+def test_outputs_have_the_layout_of_x(case: str, layout: str):
+    arguments = operands(case, layout=layout)
+    outputs = [*native.branch(*arguments["branch"])[0], native.branch_backward(*arguments["branch_backward"])[0], native.unit(*arguments["unit"])]
+    assert all(output.is_contiguous(memory_format=LAYOUTS[layout]) for output in outputs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", ["4 a group", "16 a group, stride 2", "dense, split"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name: str, case: str, layout: str):
+    torch.library.opcheck(getattr(native, name), operands(case, layout=layout)[name])
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", ["8 a group", "dense, many tiles", "dense, split in three"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_runs_and_threads_agree_to_the_bit(name: str, case: str, layout: str):
+    arguments = operands(case, layout=layout)[name]
+    first, second = results(native, name, arguments), results(native, name, arguments)
+    torch.set_num_threads(1)
+    for a, b, c in zip(first, second, results(native, name, arguments), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize("case", ["8 a group", "dense, whole"])
+def test_statistics_where_the_mean_is_far_larger(case: str):
+    """Of y, whose own rounding is PyTorch's: the variance of what came out."""
+    x, weights, *rest = operands(case)["branch"]
+    ys, mean, var = native.branch(x + 100, [weight.abs() for weight in weights], *rest)
+    exact = [(y.double().mean((0, 2, 3)), y.double().var((0, 2, 3), correction=0)) for y in ys]
+    torch.testing.assert_close(mean.double(), torch.stack([m for m, _ in exact]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), torch.stack([v for _, v in exact]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("case", ["4 a group", "dense, split"])
+def test_nan_reaches_the_outputs_that_it_should(case: str):
+    """At least where PyTorch's is; Winograd's tiles may spread it by a pixel, never lose it."""
+    x, *rest = operands(case)["branch"]
+    x[1, 3, 4, 5] = float("nan")
+    for ours, theirs in zip(native.branch(x, *rest)[0], reference.branch(x, *rest)[0], strict=True):
+        assert (ours.isnan() | ~theirs.isnan()).all() and not ours[0].isnan().any()
+
+
+BAD = {
+    "x has another rank": (0, lambda x: x[0], ValueError, "x: .*B, C, H, W"),
+    "x is empty": (0, lambda x: x[:0], ValueError, "x: "),
+    "x is float64": (0, Tensor.double, TypeError, "x: .*Double"),
+    "x is not dense": (0, lambda x: x[..., ::2], ValueError, "x: .*strides"),
+    "x has other channels": (0, lambda x: x[:, :32].contiguous(), ValueError, "x: .*32"),
+    "no weights": (1, lambda _: [], ValueError, "weights: .*0"),
+    "weights differ": (1, lambda ws: [ws[0], ws[1][:32]], ValueError, "weights: "),
+    "weights are 5 × 5": (1, lambda ws: [F.pad(w, (1, 1, 1, 1)) for w in ws], ValueError, "weights: .*5, 5"),
+    "weights of another dtype": (1, lambda ws: [w.bfloat16() for w in ws], TypeError, "weights: .*BFloat16"),
+    "weights in two layouts": (1, lambda ws: [ws[0], ws[1].to(memory_format=torch.channels_last)], ValueError, "weights: .*layout"),
+    "stride": (2, lambda _: 3, ValueError, "stride: .*3"),
+    "too few dilations": (3, lambda d: d[:1], ValueError, "dilations: .*1"),
+    "dilation": (3, lambda _: [1, 4], ValueError, "dilations: .*4"),
+    "groups": (4, lambda _: 0, ValueError, "groups: .*0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_operand_is_named(case: str):
+    i, change, error, says = BAD[case]
+    arguments = operands("8 a group")["branch"]
+    with pytest.raises(error, match=says):
+        native.branch(*arguments[:i], change(arguments[i]), *arguments[i + 1 :])
+
+
+def test_bad_operand_of_the_backward_is_named():
+    g, x, *rest = operands("8 a group")["branch_backward"]
+    with pytest.raises(ValueError, match="ys: "):
+        native.branch_backward(g[:, :, 1:].contiguous(), x, *rest[:4], [y[:, :, 1:].contiguous() for y in rest[4]], *rest[5:])
+    *before, fc_select, activation, slope = operands("8 a group")["unit"]
+    with pytest.raises(ValueError, match="fc_select: "):
+        native.unit(*before, fc_select[:-1], activation, slope)
+
+
+# What FusedSelectiveKernel is given, so that its convolutions are the package's own.
+UNITS = {
+    "split": dict(in_channels=32),
+    "split, other width": dict(in_channels=64, out_channels=48, kernel_size=[3, 7]),
+    "4 a group": dict(in_channels=32, groups=8, split_input=False, rd_channels=16),
+    "8 a group, stride 2": dict(in_channels=24, groups=3, stride=2, split_input=False),
+    "32 a group": dict(in_channels=64, groups=2, split_input=False),
+    "one branch": dict(in_channels=16, kernel_size=[3]),
+    "three branches": dict(in_channels=48, kernel_size=[3, 5, 7]),
+}
+
+
+def convolutions_used(unit: torch.nn.Module, x: Tensor) -> int:
+    """How many convolutions the forward of a unit takes from PyTorch."""
+    calls = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(function._schema.name)
+            return function(*args, **(kwargs or {}))
+
+    with Count():
+        copy.deepcopy(unit)(x)
+    return sum("convolution" in name for name in calls)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", UNITS)
+def test_unit_with_its_own_convolutions_matches_timm(case: str, layout: str):
+    shape = (6, UNITS[case]["in_channels"], 9, 8)
+    for training in (True, False):
+        ours, theirs = (unit.train(training) for unit in parity.pair(layout=layout, **UNITS[case]))
+        assert convolutions_used(ours, torch.randn(shape)) == 0
+        parity.assert_parity(ours, theirs, parity.batches(3, shape, layout=layout))
+    (x,) = parity.batches(1, shape, layout=layout)
+    with torch.no_grad():
+        v, timm_v = ours(x), theirs(x)
+        parity.assert_within("eval without gradients", v, timm_v, theirs.double()(x.double()))
+    assert v.is_contiguous(memory_format=LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("case", ["4 a group", "8 a group, stride 2"])
+def test_unit_under_autocast_matches_timm(case: str):
+    arguments = UNITS[case]
+    ours, theirs = parity.pair(**arguments)
+    parity.assert_parity(ours, theirs, parity.batches(2, (6, arguments["in_channels"], 9, 8)), autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+
+
+def test_other_convolutions_are_pytorchs():
+    for arguments in (dict(in_channels=8), dict(in_channels=32, keep_3x3=False), dict(in_channels=32, stride=2), dict(in_channels=32, groups=16)):
+        ours, theirs = parity.pair(**arguments)
+        x = torch.randn(4, arguments["in_channels"], 9, 9)
+        assert convolutions_used(ours, x) == 2
+        parity.assert_parity(ours, theirs, [x])
+
+
+def test_training_between_two_evals_is_not_forgotten():
+    """Nothing of the weights is kept from one call to the next."""
+    for arguments in (UNITS["split"], UNITS["4 a group"]):
+        ours, theirs = parity.pair(**arguments)
+        x = torch.randn(4, 32, 9, 9)
+        optimizers = [torch.optim.SGD(unit.parameters(), lr=0.1) for unit in (ours, theirs)]
+        for unit, optimizer in zip((ours, theirs), optimizers):
+            for _ in range(2):
+                with torch.no_grad():
+                    unit.eval()(x)
+                optimizer.zero_grad()
+                unit.train()(x).square().mean().backward()
+                optimizer.step()
+        with torch.no_grad():
+            torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", ["base", "avx2"])
+def test_every_instruction_set_matches_pytorch(isa: str):
+    used = run_python("-c", "import sk_fused.backends.native as n; print(n._C.instruction_set())", SK_FUSED_ISA=isa).stdout.strip()
+    if used != isa:
+        pytest.skip(f"this processor has no {isa}")
+    run = run_python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "match_pytorch and not instruction_set", SK_FUSED_ISA=isa)
+    assert run.returncode == 0, run.stdout
+    assert " passed" in run.stdout and "failed" not in run.stdout
+
+
+def test_a_backend_that_does_not_take_them_says_why():
+    x = torch.randn(2, 32, 8, 8)
+    for shapes, stride, dilations, says in (
+        ([(32, 32, 5, 5)], 1, [1], "3 × 3"),
+        ([(32, 32, 3, 3)], 1, [4], "4"),
+        ([(32, 32, 3, 3)] * 9, 1, [1] * 9, "9"),
+        ([(48, 16, 3, 3)] * 2, 2, [1, 1], "stride 2"),
+    ):
+        assert says in native.why_not_convolve(x.shape, x.dtype, [torch.Size(shape) for shape in shapes], stride, dilations, 1)
+    assert "float64" in native.why_not_convolve(x.shape, torch.float64, [torch.Size((32, 16, 3, 3))] * 2, 1, [1, 1], 1)
+
