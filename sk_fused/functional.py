@@ -4,13 +4,18 @@ Of branch-sized data the forward reads every branch once for each of: its batch 
 the select. The backward reads them twice: one reducing pass, one writing pass. The branches y_m are all it keeps.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from . import backends
+from . import backends, synchronize
+from .backends import reference
 from .backends.reference import accumulate_dtype
 
 ACTIVATIONS = ("relu", "leaky_relu", "identity", "silu")
@@ -21,7 +26,8 @@ class BatchNorm(NamedTuple):
 
     Vectors are (C,), C the channels of a branch (or D, those of the attention). `weight` and `bias` may be None (1 and
     0). With `training` the batch's statistics are used, and the running ones, if there are any, move towards them by
-    `momentum`; without it the running ones are used.
+    `momentum`, a number or a tensor of one; without it the running ones are used. With a `group` of processes, the batch
+    is that of all of them together, as in `torch.nn.SyncBatchNorm`.
     """
 
     weight: Tensor | None
@@ -29,34 +35,65 @@ class BatchNorm(NamedTuple):
     running_mean: Tensor | None
     running_var: Tensor | None
     training: bool
-    momentum: float = 0.1
+    momentum: float | Tensor = 0.1
     eps: float = 1e-5
+    group: ProcessGroup | None = None
 
-    def check(self, name: str, shape: torch.Size, device: torch.device) -> None:
+    def check(self, name: str, shape: Sequence[int], device: torch.device) -> None:
         """Raises a ValueError if the vectors do not fit a batch of this shape; F.batch_norm's if it has no variance."""
-        length = shape[1:2]
+        length = tuple(shape[1:2])
         for field, vector in zip(self._fields, self[:4]):
             if vector is not None and (vector.shape != length or vector.device != device):
-                raise ValueError(f"{name}: expected {field} of shape {tuple(length)} on {device}, got {tuple(vector.shape)} on {vector.device}")
+                raise ValueError(f"{name}: expected {field} of shape {length} on {device}, got {tuple(vector.shape)} on {vector.device}")
         missing = [field for field in ("running_mean", "running_var") if getattr(self, field) is None]
         if len(missing) == 1 or missing and not self.training:
             raise ValueError(f"{name}: expected running statistics with training={self.training}, got None for {', '.join(missing)}")
-        if self.training and shape.numel() == shape[1]:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+        if self.training and self.group is None and shape[0] == 1 and all(size == 1 for size in shape[2:]):
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")
 
-    @torch.no_grad()
-    def update(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """Moves the running statistics towards those of a batch of `count` values (biased `var`)."""
-        if self.training and self.running_mean is not None:
-            for running, batch in ((self.running_mean, mean), (self.running_var, var * (count / (count - 1)))):
-                running.copy_(torch.lerp(running.to(batch.dtype), batch, self.momentum))
+
+def recomputes() -> bool:
+    """Whether this forward runs inside a backward: activation checkpointing, which has moved the running statistics before."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _move_running_statistics(moments: Sequence[tuple[BatchNorm, Tensor, Tensor]]) -> None:
+    """Towards the mean and the unbiased variance of a batch, of every batch-norm that has running statistics."""
+    moving = [moment for moment in moments if moment[0].running_mean is not None]
+    if not moving or recomputes():
+        return
+    running = [vector for norm, *_ in moving for vector in (norm.running_mean, norm.running_var)]
+    batch = [vector for _, *vectors in moving for vector in vectors]
+    momentums = [norm.momentum for norm, *_ in moving for _ in range(2)]
+    with torch.no_grad():
+        moved = [vector.to(target.dtype) for vector, target in zip(running, batch)]
+        torch._foreach_lerp_(moved, batch, _factors(momentums, batch))
+        for vector, result in zip(running, moved):
+            if vector is not result:
+                vector.copy_(result)
+
+
+def _unbiased(batches: Sequence[tuple[Tensor, Tensor, int | Tensor]]) -> list[Tensor]:
+    """mean and unbiased variance of every batch, from its mean, its biased variance and its count."""
+    if not batches:
+        return []
+    means, variances, counts = zip(*batches)
+    variances = torch._foreach_mul(variances, _factors([count / (count - 1) for count in counts], variances))
+    return [moment for moments in zip(means, variances) for moment in moments]
+
+
+def _factors(factors: list[float | Tensor], vectors: Sequence[Tensor]) -> list[float] | list[Tensor]:
+    """As PyTorch's _foreach functions take them: numbers alone or tensors alone."""
+    if not any(isinstance(factor, Tensor) for factor in factors):
+        return factors
+    return [torch.as_tensor(factor, dtype=vector.dtype, device=vector.device) for factor, vector in zip(factors, vectors)]
 
 
 def why_not_together(norms: Sequence[BatchNorm]) -> str | None:
     """The reason why these batch-norms of the branches cannot go through one pass, or None."""
     for norm in norms:
-        if norm.training != norms[0].training or norm.eps != norms[0].eps:
-            modes = ", ".join(f"training={norm.training} with eps={norm.eps}" for norm in norms)
+        if (norm.training, norm.eps, norm.group) != (norms[0].training, norms[0].eps, norms[0].group):
+            modes = ", ".join(f"training={norm.training} with eps={norm.eps}{'' if norm.group is None else ', synchronised'}" for norm in norms)
             return f"the branches' batch-norms differ: {modes}"
     return None
 
@@ -137,7 +174,7 @@ def convolved_selective_kernel(
     if reason:
         raise ValueError(f"weights: {reason}")
     B, _, H, W = x.shape
-    shape = torch.Size((B, weights[0].shape[0], (H - 1) // stride + 1, (W - 1) // stride + 1))
+    shape = B, weights[0].shape[0], (H - 1) // stride + 1, (W - 1) // stride + 1
     _check_unit(x, shape, len(weights), norms, fc_reduce, fc_select, activation)
     convolution = stride, list(dilations), groups
     return _unit([x, *weights], convolution, shape, norms, fc_reduce, attn_norm, fc_select, activation, negative_slope)
@@ -159,34 +196,28 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
 def _unit(tensors, convolution, shape, norms, fc_reduce, attn_norm, fc_select, activation, negative_slope) -> Tensor:
     """Of branches of this shape: the `tensors`, or, with a convolution (stride, dilations, groups), made from these: x and
     the weights."""
-    first = tensors[0]
-    B, C, H, W = shape
     for norm in norms:
-        norm.check("norms", shape, first.device)
-    attn_norm.check("attn_norm", torch.Size((B, fc_reduce.shape[0], 1, 1)), first.device)
-    like = {"dtype": accumulate_dtype(first.dtype), "device": first.device}
-    weight = torch.stack([_vector(norm.weight, 1.0, C, like) for norm in norms])
-    bias = torch.stack([_vector(norm.bias, 0.0, C, like) for norm in norms])
-    statistics = None, None
-    if not norms[0].training:
-        statistics = (torch.stack([vector.to(**like) for vector in vectors]) for vectors in zip(*(norm[2:4] for norm in norms)))
-    attn = _attention(like, fc_reduce, attn_norm, fc_select)
-    v, mean, var, attn_mean, attn_var = _apply(
+        norm.check("norms", shape, tensors[0].device)
+    attn_norm.check("attn_norm", (shape[0], fc_reduce.shape[0], 1, 1), tensors[0].device)
+    v, *moments = _apply(
         _SelectiveKernel,
-        backends.choose([first]),
+        backends.choose(tensors),
         convolution,
         (activation, float(negative_slope)),
-        norms[0].eps,
-        *statistics,
-        weight,
-        bias,
-        *attn,
+        tuple(norms),
+        attn_norm,
+        fc_reduce,
+        attn_norm.weight,
+        attn_norm.bias,
+        fc_select,
+        *(norm.weight for norm in norms),
+        *(norm.bias for norm in norms),
         *tensors,
     )
-    if norms[0].training:
-        for norm, branch_mean, branch_var in zip(norms, mean, var):
-            norm.update(branch_mean, branch_var, B * H * W)
-    attn_norm.update(attn_mean, attn_var, B)
+    moved = [*zip(norms, *moments[:2])] if norms[0].training else []
+    if attn_norm.training:
+        moved.append((attn_norm, *moments[-2:]))
+    _move_running_statistics(moved)
     return v
 
 
@@ -207,125 +238,196 @@ def attend(s: Tensor, fc_reduce: Tensor, attn_norm: BatchNorm, fc_select: Tensor
     if s.dim() != 2:
         raise ValueError(f"s: expected shape (B, C), got {tuple(s.shape)}")
     _check_attention(s, s.shape[1], fc_reduce, fc_select)
-    attn_norm.check("attn_norm", torch.Size((s.shape[0], fc_reduce.shape[0], 1, 1)), s.device)
-    like = {"dtype": accumulate_dtype(s.dtype), "device": s.device}
-    attn = _attention(like, fc_reduce, attn_norm, fc_select)
-    a, mean, var = _apply(_Attend, backends.choose([s]), s.to(**like).contiguous(), *attn)
-    attn_norm.update(mean, var, s.shape[0])
+    attn_norm.check("attn_norm", (s.shape[0], fc_reduce.shape[0], 1, 1), s.device)
+    x = s.to(accumulate_dtype(s.dtype)).contiguous()
+    a, *moments = _apply(_Attend, backends.choose([s]), attn_norm, x, fc_reduce, attn_norm.weight, attn_norm.bias, fc_select)
+    if attn_norm.training:
+        _move_running_statistics([(attn_norm, *moments)])
     return a.to(s.dtype)
 
 
-def _vector(vector: Tensor | None, default: float, length: int, like: dict) -> Tensor:
-    return torch.full((length,), default, **like) if vector is None else vector.to(**like)
+def _apply(function: type[torch.autograd.Function], backend: ModuleType, *args):
+    """function.apply; its forward alone where no graph is built, or where the graph is PyTorch's own."""
+    if torch.is_grad_enabled() and not backends.only_pytorch():
+        return function.apply(backend, *args)
+    return function.forward(None, backend, *args)
 
 
-def _attention(like: dict, fc_reduce: Tensor, norm: BatchNorm, fc_select: Tensor) -> tuple:
-    """What a backend's `attend` takes beside s, in the dtype that it computes in."""
-    reduce, select = (weight.flatten(1).to(**like).contiguous() for weight in (fc_reduce, fc_select))
-    D = fc_reduce.shape[0]
-    mean, var = (None, None) if norm.training else (norm.running_mean.to(**like), norm.running_var.to(**like))
-    return reduce, _vector(norm.weight, 1.0, D, like), _vector(norm.bias, 0.0, D, like), mean, var, norm.eps, select
+def _attend(backend: ModuleType, norm: BatchNorm, s: Tensor, fc_reduce, weight, bias, fc_select):
+    """a, the reduced descriptor, the mean and variance used and of how many images they are."""
+    mean, var, images = None, None, s.shape[0]
+    if not norm.training:
+        mean, var = norm.running_mean, norm.running_var
+    elif norm.group is not None:
+        *_, mean, var = backend.attend(s, fc_reduce, weight, bias, None, None, norm.eps, fc_select)
+        mean, var, images = synchronize.joined_moments(mean, var, images, norm.group)
+    return *backend.attend(s, fc_reduce, weight, bias, mean, var, norm.eps, fc_select), images
 
 
-def _apply(function: type[torch.autograd.Function], *args):
-    """function.apply, without its cost where no graph is built."""
-    return function.apply(*args) if torch.is_grad_enabled() else function.forward(None, *args)
+def _attend_backward(backend: ModuleType, norm: BatchNorm, da, a, s, reduced, mean, var, images, fc_reduce, weight, bias, fc_select):
+    """The gradients of s, fc_reduce, weight, bias and fc_select."""
+    alone = norm.training and norm.group is None
+    gradients = backend.attend_backward(da, a, s, reduced, fc_reduce, weight, bias, mean, var, norm.eps, alone, fc_select)
+    if alone or not norm.training:
+        return gradients
+    # What the gradients owe to the statistics, which are those of all processes.
+    ds, dreduce, dweight, dbias, dselect = gradients
+    r, matrix = torch.rsqrt(var + norm.eps), fc_reduce.flatten(1).to(s.dtype)
+    mean_dbias, mean_dweight = synchronize.summed(torch.stack([dbias, dweight]), norm.group) / images
+    owed = (mean_dbias + (reduced - mean) * r * mean_dweight) * (r if weight is None else r * weight)
+    with torch.autocast(s.device.type, enabled=False):
+        return ds - owed @ matrix, dreduce - (owed.t() @ s).view_as(dreduce), dweight, dbias, dselect
 
 
 class _SelectiveKernel(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, backend, convolution, act, eps, mean, var, weight, bias, reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, select, *tensors
-    ):
-        needs_grad = ctx is not None and any(ctx.needs_input_grad)
-        training, attn_training = mean is None, attn_mean is None
-        layout = _layout(tensors[0])
-        ys = [y.contiguous(memory_format=layout) for y in tensors[: None if convolution is None else 1]]
-        if convolution is not None:
-            weight_layout = _layout(tensors[1])
-            operands = ys[0], [w.contiguous(memory_format=weight_layout) for w in tensors[1:]], *convolution
-            if ctx is None and not training and not attn_training:
-                scale = weight * torch.rsqrt(var + eps)
-                attn = reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, select
-                return backend.unit(*operands, mean, scale, bias, *attn, *act), mean, var, attn_mean, attn_var
-            ys, batch_mean, batch_var = backend.branch(*operands)
-            if training:
-                mean, var = batch_mean, batch_var
-        elif training:
-            mean, var = backend.branch_statistics(ys)
-        r = torch.rsqrt(var + eps)
-        scale = weight * r
-        # The second and third sum serve the backward.
-        sums = backend.squeeze(ys, mean, scale, bias, *act, 3 if needs_grad else 1)
-        s = sums[0].sum(1) / (ys[0].shape[2] * ys[0].shape[3])
-        a, reduced, attn_mean, attn_var = backend.attend(s, reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, select)
-        v = backend.select(ys, mean, scale, bias, a, *act)
-        if ctx is None:
-            return v, mean, var, attn_mean, attn_var
-        if needs_grad:
-            attn = reduce, attn_weight, attn_bias, attn_mean, attn_var, select
-            inputs = () if convolution is None else (operands[0], *operands[1])
-            ctx.save_for_backward(mean, r, scale, bias, sums[1:].clone(), s, a, reduced, *attn, *inputs, *ys)
-            ctx.backend, ctx.convolution, ctx.act, ctx.attn_eps, ctx.M, ctx.layout = backend, convolution, act, attn_eps, len(ys), layout
-            ctx.training, ctx.attn_training = training, attn_training
-        ctx.mark_non_differentiable(mean, var, attn_mean, attn_var)
-        ctx.set_materialize_grads(False)
-        return v, mean, var, attn_mean, attn_var
+    """v; mean and unbiased variance of the batch, of the branches, (M, C), and of the attention, (D,), each where it is used.
+
+    Gradients are for `leaves`: fc_reduce, weight and bias of attn_norm, fc_select, the weights of the M norms, their
+    biases, and the branches, or x and the weights of its convolutions."""
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def forward(ctx, backend, convolution, act, norms, attn_norm, *leaves):
+        needs_grad = ctx is not None and any(ctx.needs_input_grad)
+        training, group = norms[0].training, norms[0].group
+        attn, weights, biases, tensors = _parted(leaves, len(norms))
+        dtype = accumulate_dtype(tensors[0].dtype)
+        means, variances = [norm.running_mean for norm in norms], [norm.running_var for norm in norms]
+        if convolution is None:
+            ys = _in_one_layout(tensors)
+            if training:
+                means, variances = backend.branch_statistics(ys)
+        else:
+            (x,), kernels = _in_one_layout(tensors[:1]), _in_one_layout(tensors[1:])
+            if ctx is None and not training and not attn_norm.training:
+                mean, _, scale, bias = backend.fold(weights, biases, means, variances, norms[0].eps, dtype)
+                return backend.unit(x, kernels, *convolution, mean, scale, bias, *_unit_attention(attn_norm, *attn), *act),
+            ys, *statistics = backend.branch(x, kernels, *convolution)
+            if training:
+                means, variances = statistics
+        B, _, H, W = ys[0].shape
+        count = B * H * W
+        trained = []
+        if training:
+            if group is not None:
+                means, variances, count = synchronize.joined_moments(means, variances, count, group)
+            trained.append((means, variances, count))
+            means, variances = means.unbind(), variances.unbind()
+        mean, r, scale, bias = backend.fold(weights, biases, means, variances, norms[0].eps, dtype)
+        # The second and third sum serve the backward.
+        pooled, *K = backend.squeeze(ys, mean, scale, bias, *act, 3 if needs_grad else 1)
+        s = pooled.sum(1) / (H * W)
+        a, reduced, attn_mean, attn_var, images = _attend(backend, attn_norm, s, *attn)
+        v = backend.select(ys, mean, scale, bias, a, *act)
+        if attn_norm.training:
+            trained.append((attn_mean, attn_var, images))
+        moments = _unbiased(trained)
+        if ctx is not None:
+            ctx.mark_non_differentiable(*moments)
+            ctx.set_materialize_grads(False)
+        if needs_grad:
+            ctx.backend, ctx.call, ctx.counts = backend, (convolution, act, norms, attn_norm), (count, images)
+            ctx.save_for_backward(mean, r, scale, bias, *K, s, a, reduced, attn_mean, attn_var, *leaves, *(ys if convolution else ()))
+        return v, *moments
+
+    @staticmethod
     def backward(ctx, g, *_):
+        backend, (convolution, act, norms, attn_norm) = ctx.backend, ctx.call
+        needs = ctx.needs_input_grad[5:]
         if g is None:
             return (None,) * len(ctx.needs_input_grad)
-        mean, r, scale, bias, K, s, a, reduced, *attn = ctx.saved_tensors[: 14]
-        reduce, attn_weight, attn_bias, attn_mean, attn_var, select = attn
-        inputs, ys = ctx.saved_tensors[14 : -ctx.M], list(ctx.saved_tensors[-ctx.M :])
-        backend, pixels = ctx.backend, ys[0].shape[2] * ys[0].shape[3]
-        g = g.contiguous(memory_format=ctx.layout)
+        mean, r, scale, bias, K1, K2, s, a, reduced, attn_mean, attn_var, *rest = ctx.saved_tensors
+        leaves = rest[: len(needs)]
+        if torch.is_grad_enabled():
+            return None, None, None, None, None, *_differentiable(_SelectiveKernel, ctx.call, [*norms, attn_norm], g, leaves, needs)
+        training, group = norms[0].training, norms[0].group
+        attn, weights, biases, tensors = _parted(leaves, len(norms))
+        ys = rest[len(needs) :] if convolution else _in_one_layout(tensors)
+        g = g.contiguous(memory_format=_layout(ys[0]))
+        B, _, H, W = g.shape
+        count, images = ctx.counts
 
         # The reducing pass: Σ g·u is the gradient of a.
-        R = backend.squeeze(ys, mean, scale, bias, *ctx.act, 3, g)
-        ds, dreduce, dattn_weight, dattn_bias, dselect = backend.attend_backward(
-            R[0], a, s, reduced, reduce, attn_weight, attn_bias, attn_mean, attn_var, ctx.attn_eps, ctx.attn_training, select
-        )
-        t = ds / pixels
+        da, R1, R2 = backend.squeeze(ys, mean, scale, bias, *act, 3, g)
+        ds, *dattn = _attend_backward(backend, attn_norm, da, a, s, reduced, attn_mean, attn_var, images, *attn)
+        t = ds / (H * W)
         # Σ dz and Σ dz·(y − mean) over the batch and the pixels, from dz = act'(z)·(a·g + t).
-        dbias, dscale = (a * R[1:] + t[:, None] * K).sum(1)
+        dbias, dscale = (torch.addcmul(a * R, t[:, None], K).sum(0) for R, K in ((R1, K1), (R2, K2)))
+        dweight = r * dscale
 
         # The writing pass.
-        dtensors = [None] * (len(ctx.needs_input_grad) - 15)
-        if any(ctx.needs_input_grad[15:]):
+        dtensors = [None] * len(tensors)
+        if any(needs[-len(tensors) :]):
             p = q = torch.zeros_like(scale)
-            if ctx.training:
-                count = ys[0].shape[0] * pixels
-                p, q = scale * dbias / count, scale * r * r * dscale / count
-            if ctx.convolution is None:
-                dtensors = backend.select_backward(g, ys, mean, scale, bias, a, t, p, q, *ctx.act)
+            if training:
+                p, q = (dbias, dweight) if group is None else synchronize.summed(torch.stack([dbias, dweight]), group)
+                share = scale / count
+                p, q = share * p, share * r * q
+            if convolution is None:
+                dtensors = backend.select_backward(g, ys, mean, scale, bias, a, t, p, q, *act)
             else:
-                x, *weights = inputs
-                dx, dweights = backend.branch_backward(g, x, weights, *ctx.convolution, ys, mean, scale, bias, a, t, p, q, *ctx.act)
-                dtensors = dx, *dweights
-        return None, None, None, None, None, None, r * dscale, dbias, dreduce, dattn_weight, dattn_bias, None, None, None, dselect, *dtensors
+                (x,), kernels = _in_one_layout(tensors[:1]), _in_one_layout(tensors[1:])
+                dx, dkernels = backend.branch_backward(g, x, kernels, *convolution, ys, mean, scale, bias, a, t, p, q, *act)
+                dtensors = dx, *dkernels
+        gradients = *dattn, *dweight, *dbias, *dtensors
+        return None, None, None, None, None, *(gradient if need else None for gradient, need in zip(gradients, needs))
+
+
+def _parted(leaves: Sequence[Tensor | None], M: int) -> tuple[Sequence[Tensor | None], ...]:
+    """Those of the attention; the weights and the biases of the branches' batch-norms; the branches, or what makes them."""
+    return leaves[:4], leaves[4 : 4 + M], leaves[4 + M : 4 + 2 * M], leaves[4 + 2 * M :]
+
+
+def _unit_attention(norm: BatchNorm, fc_reduce: Tensor, weight: Tensor | None, bias: Tensor | None, fc_select: Tensor) -> tuple:
+    """What a backend's `unit` takes of the attention."""
+    weight = torch.ones_like(norm.running_mean) if weight is None else weight
+    bias = torch.zeros_like(norm.running_mean) if bias is None else bias
+    return fc_reduce, weight, bias, norm.running_mean, norm.running_var, norm.eps, fc_select
+
+
+def _differentiable(function, call, norms, g, leaves, needs) -> list[Tensor | None]:
+    """The gradients that autograd makes of the reference: for gradients of gradients."""
+    if any(norm.training and norm.group is not None for norm in norms):
+        raise RuntimeError("gradients of gradients are not there for synchronised batch-norms: use BatchNorm2d instead of SyncBatchNorm")
+    # A parameter that is used twice gets a gradient for each use.
+    leaves = [None if leaf is None else leaf.view_as(leaf) for leaf in leaves]
+    output = function.forward(None, reference, *call, *leaves)[0]
+    wanted = [leaf for leaf, need in zip(leaves, needs) if need]
+    gradients = iter(torch.autograd.grad(output, wanted, g, create_graph=True, allow_unused=True))
+    return [next(gradients) if need else None for need in needs]
 
 
 class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, backend, s, reduce, weight, bias, mean, var, eps, select):
-        training = mean is None
-        a, reduced, mean, var = backend.attend(s, reduce, weight, bias, mean, var, eps, select)
-        if ctx is None:
-            return a, mean, var
-        ctx.backend, ctx.eps, ctx.training = backend, eps, training
-        ctx.save_for_backward(a, s, reduced, reduce, weight, bias, mean, var, select)
-        ctx.mark_non_differentiable(mean, var)
-        return a, mean, var
+    """a; mean and unbiased variance of the batch if they are used. `leaves`: s, fc_reduce, weight and bias of norm, fc_select."""
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def forward(ctx, backend, norm, *leaves):
+        s, *attn = leaves
+        a, reduced, mean, var, images = _attend(backend, norm, s, *attn)
+        moments = _unbiased([(mean, var, images)] if norm.training else [])
+        if ctx is not None:
+            ctx.backend, ctx.norm, ctx.images = backend, norm, images
+            ctx.save_for_backward(a, reduced, mean, var, *leaves)
+            ctx.mark_non_differentiable(*moments)
+            ctx.set_materialize_grads(False)
+        return a, *moments
+
+    @staticmethod
     def backward(ctx, da, *_):
-        *saved, select = ctx.saved_tensors
-        ds, dreduce, dweight, dbias, dselect = ctx.backend.attend_backward(da.contiguous(), *saved, ctx.eps, ctx.training, select)
-        return None, ds, dreduce, dweight, dbias, None, None, None, dselect
+        if da is None:
+            return (None,) * len(ctx.needs_input_grad)
+        backend, norm, needs = ctx.backend, ctx.norm, ctx.needs_input_grad[2:]
+        a, reduced, mean, var, *leaves = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return None, None, *_differentiable(_Attend, (norm,), [norm], da, leaves, needs)
+        s, *attn = leaves
+        gradients = _attend_backward(backend, norm, da.contiguous(), a, s, reduced, mean, var, ctx.images, *attn)
+        return None, None, *(gradient if need else None for gradient, need in zip(gradients, needs))
+
+
+def _in_one_layout(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """In that of the first."""
+    layout = _layout(tensors[0])
+    return [tensor.contiguous(memory_format=layout) for tensor in tensors]
 
 
 def _layout(y: Tensor) -> torch.memory_format:
@@ -351,12 +453,13 @@ def _check(branches: Sequence[Tensor], norms: Sequence[BatchNorm], fc_reduce: Te
     _check_unit(first, first.shape, len(branches), norms, fc_reduce, fc_select, activation)
 
 
-def _check_unit(like: Tensor, shape: torch.Size, M: int, norms: Sequence[BatchNorm], fc_reduce: Tensor, fc_select: Tensor, activation: str) -> None:
+def _check_unit(like: Tensor, shape: Sequence[int], M: int, norms: Sequence[BatchNorm], fc_reduce: Tensor, fc_select: Tensor, activation: str) -> None:
     """Of M branches of this shape, on the device of `like`."""
-    if shape.numel() == 0:
-        raise ValueError(f"branches: expected at least one value, got shape {tuple(shape)}")
     if len(norms) != M:
         raise ValueError(f"norms: expected one for each of the {M} branches, got {len(norms)}")
+    # Of a batch over several processes, this one's part may be empty.
+    if 0 in shape and norms[0].group is None:
+        raise ValueError(f"branches: expected at least one value, got shape {tuple(shape)}")
     reason = why_not_together(norms)
     if reason:
         raise ValueError(f"norms: {reason}")

@@ -1,13 +1,33 @@
 """Drop-ins for timm's SelectiveKernel and SelectiveKernelAttn: the same arguments, parameters, checkpoints and numbers."""
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional
 from .backends import warn_once
+
+
+def _timm_twin(module: nn.Module) -> nn.Module:
+    """timm's module of the same layers, for torch.jit.script, which compiles a module's Python; timm writes its own for that.
+
+    Raises:
+        ImportError: timm is not installed.
+    """
+    from timm import layers
+    from timm.layers.selective_kernel import SelectiveKernelAttn
+
+    twin = copy.copy(module)
+    # The scripting puts twins in here too.
+    twin._modules = dict(module._modules)
+    name = type(module).__name__.removeprefix("Fused")
+    twin.__class__ = SelectiveKernelAttn if name == "SelectiveKernelAttn" else getattr(layers, name)
+    return twin
 
 
 class FusedSelectiveKernel(nn.Module):
@@ -41,6 +61,8 @@ class FusedSelectiveKernel(nn.Module):
             channels or device, or, in training, one value per channel only.
         TypeError: in `forward`, x has not the floating-point dtype of the weights (outside autocast).
     """
+
+    __prepare_scriptable__ = _timm_twin
 
     def __init__(
         self,
@@ -98,79 +120,87 @@ class FusedSelectiveKernel(nn.Module):
 
     def why_not(self) -> str | None:
         """The reason why this unit, as it stands, is not fused wholly, or None."""
-        return self._why_not_attn() or self._why_not_branches()
+        return self._why_not_attn() or self._why_not_layers() or functional.why_not_together([_batch_norm(path.bn) for path in self.paths])
 
     def _why_not_attn(self) -> str | None:
         if type(self.attn) is not FusedSelectiveKernelAttn:
             return f"attn is a {type(self.attn).__name__}"
         return "attn has hooks" if _hooked(self.attn) else self.attn.why_not()
 
-    def _why_not_branches(self) -> str | None:
-        activations = []
+    def _why_not_layers(self) -> str | None:
+        """Of the branches."""
+        first = None
         for i, path in enumerate(self.paths):
             if type(path).__name__ != "ConvNormAct":
                 return f"paths.{i} is a {type(path).__name__}"
             bn = path.bn
-            if getattr(path, "aa", None) is not None:
+            if path._modules.get("aa") is not None:
                 return f"paths.{i} has the anti-aliasing layer {type(path.aa).__name__}"
-            if type(bn).__name__ != "BatchNormAct2d":
+            if type(bn).__name__ not in _BRANCH_NORMS:
                 return f"paths.{i} has the norm layer {type(bn).__name__}"
-            drop, act = bn.drop, bn.act
-            if type(drop) is not nn.Identity:
+            drop, act = bn._modules.get("drop"), bn._modules.get("act")
+            if type(drop) not in _NOTHING:
                 return f"paths.{i} has the drop layer {type(drop).__name__}"
             if type(act) not in _ACTIVATIONS:
                 return f"paths.{i} has the activation {type(act).__name__}"
             if _hooked(path, bn, drop, act):
                 return f"paths.{i} has hooks"
-            activations.append(_activation(act))
-        if any(act != activations[0] for act in activations):
-            return f"the branches differ in their activation: {activations}"
-        return functional.why_not_together([_batch_norm(path.bn) for path in self.paths])
+            activation = _activation(act)
+            if first not in (None, activation):
+                return f"the branches differ in their activation: {first}, {activation}"
+            first = activation
+        return None
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        xs = x.split(self.in_channels // self.num_paths, 1) if self.split_input else [x] * self.num_paths
-        # An empty batch has no statistics; PyTorch's own semantics for it are timm's.
+        attn, paths = self.attn, [*self.paths]
         reason = self._why_not_attn()
-        if reason or x.shape[0] == 0:
+        attn_norm = None if reason else _batch_norm(attn.bn)
+        # An empty batch has no statistics, unless others have some; PyTorch's own semantics for it are timm's.
+        if reason or x.shape[0] == 0 and attn_norm.group is None:
             if reason:
                 warn_once(f"sk_fused runs a SelectiveKernel unfused: {reason}")
-            u = torch.stack([path(x_m) for path, x_m in zip(self.paths, xs)], 1)
-            return (u * self.attn(u)).sum(1).to(u.dtype)
-        attn, attn_norm = self.attn, _batch_norm(self.attn.bn)
-        reason = self._why_not_branches()
+            u = torch.stack([_branch(path, x_m) for path, x_m in zip(paths, self._inputs(x))], 1)
+            return (u * attn(u)).sum(1).to(u.dtype)
+        fc_reduce, fc_select = attn.fc_reduce.weight, attn.fc_select.weight
+        reason = self._why_not_layers()
+        bns = [] if reason else [path.bn for path in paths]
+        norms = [_batch_norm(bn) for bn in bns]
+        reason = reason or functional.why_not_together(norms)
         if reason:
             warn_once(f"sk_fused fuses only the attention of a SelectiveKernel: {reason}")
-            us = [path(x_m) for path, x_m in zip(self.paths, xs)]
-            v = functional.selective_kernel(us, _identity(us), attn.fc_reduce.weight, attn_norm, attn.fc_select.weight, "identity")
+            us = [_branch(path, x_m) for path, x_m in zip(paths, self._inputs(x))]
+            v = functional.selective_kernel(us, _identity(us), fc_reduce, attn_norm, fc_select, "identity")
             _count_batch(attn.bn)
             return v
-        norms = [_batch_norm(path.bn) for path in self.paths]
-        activation = _activation(self.paths[0].bn.act)
-        convs = [path.conv for path in self.paths]
+        activation = _activation(bns[0]._modules.get("act"))
+        convs = [path.conv for path in paths]
         weights = [conv.weight for conv in convs]
         convolution = convs[0].stride[0], [conv.dilation[0] for conv in convs], convs[0].groups
         if self._are_plain(convs) and functional.why_not_convolved(x, weights, *convolution) is None:
-            v = functional.convolved_selective_kernel(
-                x, weights, *convolution, norms, attn.fc_reduce.weight, attn_norm, attn.fc_select.weight, *activation
-            )
-            _count_batch(attn.bn, *(path.bn for path in self.paths))
+            v = functional.convolved_selective_kernel(x, weights, *convolution, norms, fc_reduce, attn_norm, fc_select, *activation)
+            _count_batch(attn.bn, *bns)
             return v
 
         def unit(xs: Sequence[Tensor]) -> Tensor:
-            ys = [path.conv(x_m) for path, x_m in zip(self.paths, xs)]
-            return functional.selective_kernel(ys, norms, attn.fc_reduce.weight, attn_norm, attn.fc_select.weight, *activation)
+            ys = [conv(x_m) for conv, x_m in zip(convs, xs)]
+            return functional.selective_kernel(ys, norms, fc_reduce, attn_norm, fc_select, *activation)
 
+        xs = self._inputs(x)
         v = self._few_at_once(unit, x, xs) if self._images_are_independent(attn_norm, *norms) else unit(xs)
-        _count_batch(attn.bn, *(path.bn for path in self.paths))
+        _count_batch(attn.bn, *bns)
         return v
+
+    def _inputs(self, x: Tensor) -> Sequence[Tensor]:
+        """Of the branches."""
+        return x.split(self.in_channels // self.num_paths, 1) if self.split_input else [x] * self.num_paths
 
     def _are_plain(self, convs: Sequence[nn.Module]) -> bool:
         """Whether these are convolutions that nobody listens to, with one stride and groups, padded by their dilation."""
         stride, groups = convs[0].stride, convs[0].groups
         return not _hooked(*convs) and all(
             type(conv) is nn.Conv2d
-            and conv.bias is None
+            and conv._parameters["bias"] is None
             and conv.padding_mode == "zeros"
             and conv.groups == groups
             and conv.stride == stride == (stride[0],) * 2
@@ -185,6 +215,7 @@ class FusedSelectiveKernel(nn.Module):
             and not any(norm.training for norm in norms)
             and not _hooked(*(path.conv for path in self.paths))
             and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
         )
 
     def _few_at_once(self, unit: Callable[[Sequence[Tensor]], Tensor], x: Tensor, xs: Sequence[Tensor]) -> Tensor:
@@ -207,11 +238,11 @@ class FusedSelectiveKernel(nn.Module):
     def _check(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x: expected shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
-        _check_like_weights(x, self.paths[0])
+        _check_like_weights(x, self._modules["paths"]._modules["0"])
         # A branch's batch-norm must not count a batch that the attention's will refuse.
-        bn = getattr(self.attn, "bn", None)
-        if x.shape[0] == 1 and isinstance(bn, nn.BatchNorm2d):
-            _batch_norm(bn).check("attn.bn", torch.Size((1, bn.num_features, 1, 1)), x.device)
+        bn = self._modules["attn"]._modules.get("bn")
+        if x.shape[0] == 1 and isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            _batch_norm(bn).check("attn.bn", (1, bn.num_features, 1, 1), x.device)
 
 
 class FusedSelectiveKernelAttn(nn.Module):
@@ -224,6 +255,8 @@ class FusedSelectiveKernelAttn(nn.Module):
         attn_channels: D, the channels between the two 1 × 1 convolutions.
         act_layer, norm_layer: classes; ReLU and BatchNorm2d are fused.
     """
+
+    __prepare_scriptable__ = _timm_twin
 
     def __init__(
         self,
@@ -244,13 +277,15 @@ class FusedSelectiveKernelAttn(nn.Module):
 
     def why_not(self) -> str | None:
         """The reason why this attention, as it stands, is not fused, or None."""
-        if type(self.bn) is not nn.BatchNorm2d:
+        if _has_any_global_hook():
+            return "hooks are registered on all modules"
+        if type(self.bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
             return f"attn.bn is a {type(self.bn).__name__}"
         if type(self.act) is not nn.ReLU:
             return f"attn.act is a {type(self.act).__name__}"
         for name in ("fc_reduce", "fc_select"):
-            conv = getattr(self, name)
-            if type(conv) is not nn.Conv2d or conv.kernel_size != (1, 1) or conv.bias is not None or conv.groups != 1:
+            conv = self._modules[name]
+            if type(conv) is not nn.Conv2d or conv.kernel_size != (1, 1) or conv._parameters["bias"] is not None or conv.groups != 1:
                 return f"attn.{name} is not a 1 × 1 convolution without bias and groups: {conv}"
         if _hooked(self.fc_reduce, self.bn, self.act, self.fc_select):
             return "the layers of attn have hooks"
@@ -276,6 +311,8 @@ class FusedSelectiveKernelAttn(nn.Module):
 class BatchNormAct2d(nn.BatchNorm2d):
     """Batch-norm, drop layer, activation: the structure of timm's class of this name, for units made without timm."""
 
+    __prepare_scriptable__ = _timm_twin
+
     def __init__(self, num_features: int, act_layer: type[nn.Module] | None, drop_layer: type[nn.Module] | None, **kwargs):
         super().__init__(num_features, **kwargs)
         self.drop = nn.Identity() if drop_layer is None else drop_layer()
@@ -290,6 +327,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
 class ConvNormAct(nn.Module):
     """One branch: the structure of timm's class of this name, for units made without timm."""
+
+    __prepare_scriptable__ = _timm_twin
 
     def __init__(
         self,
@@ -334,14 +373,20 @@ def _conv_norm_act(act_layer, norm_layer, aa_layer) -> type[nn.Module]:
 # Of the branches in flight: a part of what a core's share of the last-level cache holds on today's servers.
 _CACHE_BYTES = 4 << 20
 
-_ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu", nn.Identity: "identity"}
+_NOTHING = (type(None), nn.Identity)
+_ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu", **dict.fromkeys(_NOTHING, "identity")}
+
+# With drop layer and activation inside: timm's, ours below, and what torch's and timm's converters make of them.
+_BRANCH_NORMS = ("BatchNormAct2d", "SyncBatchNormAct", "SyncBatchNorm")
 
 
 def _check_like_weights(x: Tensor, layer: nn.Module) -> None:
     """Raises if x has not the device and, outside autocast, the dtype of the layer's weights."""
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
-    weight = next(layer.parameters(), None)
+    # nn.Module.parameters costs more than all the rest of this.
+    layer = layer._modules.get("conv", layer)
+    weight = layer._parameters["weight"] if layer._parameters.get("weight") is not None else next(layer.parameters(), None)
     if weight is None:
         return
     if x.device != weight.device:
@@ -350,27 +395,50 @@ def _check_like_weights(x: Tensor, layer: nn.Module) -> None:
         raise TypeError(f"x: expected {weight.dtype}, the dtype of the weights, got {x.dtype}")
 
 
-def _activation(act: nn.Module) -> tuple[str, float]:
+def _activation(act: nn.Module | None) -> tuple[str, float]:
     """Its name in `functional` and its negative slope."""
     return _ACTIVATIONS[type(act)], getattr(act, "negative_slope", 0.0)
 
 
-def _batch_norm(bn: nn.BatchNorm2d) -> functional.BatchNorm:
-    """What the next forward of `bn` does, by the rules of nn.BatchNorm2d."""
-    training = bn.training or bn.running_mean is None
-    tracked = not bn.training or bn.track_running_stats
+def _branch(path: nn.Module, x: Tensor) -> Tensor:
+    """path(x). torch's convert_sync_batchnorm keeps the drop layer and the activation inside the batch-norm, but its forward
+    leaves them out."""
+    bn = getattr(path, "bn", None)
+    if type(bn) is not nn.SyncBatchNorm or "act" not in bn._modules:
+        return path(x)
+    u = bn.act(bn.drop(bn(path.conv(x))))
+    return u if path.aa is None else path.aa(u)
+
+
+def _batch_norm(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> functional.BatchNorm:
+    """What the next forward of `bn` does, by the rules of nn.BatchNorm2d and nn.SyncBatchNorm."""
+    parameters, buffers, training = bn._parameters, bn._buffers, bn.training
+    mean, var = buffers["running_mean"], buffers["running_var"]
+    counts = training and bn.track_running_stats and buffers["num_batches_tracked"] is not None
     momentum = bn.momentum
     if momentum is None:
-        counts = bn.training and bn.track_running_stats and bn.num_batches_tracked is not None
-        momentum = 1.0 / float(bn.num_batches_tracked + 1) if counts else 0.0
-    mean, var = (bn.running_mean, bn.running_var) if tracked else (None, None)
-    return functional.BatchNorm(bn.weight, bn.bias, mean, var, training, momentum, bn.eps)
+        # A tensor, so that torch.compile need not know its value.
+        momentum = 1.0 / (bn.num_batches_tracked + 1).double() if counts else 0.0
+    uses_batch = training or mean is None
+    if training and not bn.track_running_stats:
+        mean = var = None
+    group = _group(bn) if training and isinstance(bn, nn.SyncBatchNorm) else None
+    return functional.BatchNorm(parameters["weight"], parameters["bias"], mean, var, uses_batch, momentum, bn.eps, group)
+
+
+def _group(bn: nn.SyncBatchNorm) -> dist.ProcessGroup | None:
+    """The processes that share its statistics, if there is more than this one."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    group = bn.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def _count_batch(*norms: nn.BatchNorm2d) -> None:
-    for bn in norms:
-        if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-            bn.num_batches_tracked.add_(1)
+    counts = [bn._buffers["num_batches_tracked"] for bn in norms if bn.training and bn.track_running_stats]
+    counts = [count for count in counts if count is not None]
+    if counts and not functional.recomputes():
+        torch._foreach_add_(counts, 1)
 
 
 def _identity(us: Sequence[Tensor]) -> list[functional.BatchNorm]:
@@ -379,9 +447,11 @@ def _identity(us: Sequence[Tensor]) -> list[functional.BatchNorm]:
     return [functional.BatchNorm(None, None, zeros, ones, training=False, eps=0.0)] * len(us)
 
 
-def _hooked(*modules: nn.Module) -> bool:
+def _hooked(*modules: nn.Module | None) -> bool:
     """Whether somebody listens to modules that the fused road does not call, or has replaced the forward of one."""
     for module in modules:
+        if module is None:
+            continue
         if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return True
     return False

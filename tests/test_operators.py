@@ -99,7 +99,7 @@ def magnitudes(name: str, arguments: tuple, exact: list[Tensor]) -> list[Tensor]
         z = d * branch_scale + branch_bias
         k = reference.gate(z, g, *act)
         pooled.append(torch.stack([x.abs().sum((2, 3)) for x in (g * reference.activate(z, *act), k, k * d)[:sums]]))
-    return [torch.stack(pooled, 2)]
+    return [*torch.stack(pooled, 2)]
 
 
 def test_memory_that_nobody_wrote_is_nan():

@@ -235,12 +235,23 @@ def test_gradcheck(mode: str, act_layer: type[nn.Module] | None, backend: str):
     assert torch.autograd.gradcheck(unit, (x, *parameters), fast_mode=backend == "reference")
 
 
-def test_gradients_of_gradients_are_refused():
-    ours, _ = pair(in_channels=8)
-    x = torch.randn(2, 8, 4, 4, requires_grad=True)
-    (dx,) = torch.autograd.grad(ours(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+def test_gradients_of_gradients(backend: str):
+    """From x, its gradient and the parameters, in training and in eval, through both of functional's functions."""
+    for mode in ("train", "eval"):
+        ours, _ = in_mode(mode, *pair(torch.float64, in_channels=4, out_channels=3, rd_channels=2, act_layer=nn.SiLU))
+        names, parameters = zip(*ours.named_parameters())
+        attn, norm = ours.attn, sk_fused.modules._batch_norm(ours.attn.bn)
+
+        def unit(x: Tensor, *values: Tensor) -> Tensor:
+            return torch.func.functional_call(ours, dict(zip(names, values)), (x,))
+
+        def attention(s: Tensor, fc_reduce: Tensor, fc_select: Tensor) -> Tensor:
+            return sk_fused.functional.attend(s, fc_reduce, norm, fc_select)
+
+        x = torch.randn(3, 4, 3, 2, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradgradcheck(unit, (x, *parameters), fast_mode=True)
+        s = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradgradcheck(attention, (s, attn.fc_reduce.weight, attn.fc_select.weight))
 
 
 @pytest.mark.parametrize("frozen", ["fc_reduce", "paths", "bn"])

@@ -65,21 +65,42 @@ template <class F> static void dispatch_accumulate(const Tensor& s, const F& f) 
   else f.template operator()<float>();
 }
 
-static void check_attend(const Tensor& s, const Tensor& fc_reduce, const Tensor& weight, const Tensor& bias, const Tensor& fc_select) {
-  TORCH_CHECK_TYPE(s.scalar_type() == at::kFloat || s.scalar_type() == at::kDouble, "s: expected float32 or float64, got ", s.scalar_type());
-  TORCH_CHECK_VALUE(s.dim() == 2, "s: expected shape (B, C), got ", s.sizes());
-  TORCH_CHECK_VALUE(fc_reduce.dim() == 2, "fc_reduce: expected shape (D, C), got ", fc_reduce.sizes());
-  TORCH_CHECK_VALUE(fc_select.dim() == 2, "fc_select: expected shape (M * C, D), got ", fc_select.sizes());
-  const int64_t B = s.size(0), C = s.size(1), D = fc_reduce.size(0);
-  const auto dtype = s.scalar_type();
-  TORCH_CHECK_VALUE(C > 0 && fc_select.size(0) > 0 && fc_select.size(0) % C == 0, "fc_select: expected a multiple of C = ", C, " rows, got ",
-                    fc_select.size(0));
-  check_array(s, "s", dtype, {B, C});
-  check_array(fc_reduce, "fc_reduce", dtype, {D, C});
-  check_array(weight, "weight", dtype, {D});
-  check_array(bias, "bias", dtype, {D});
-  check_array(fc_select, "fc_select", dtype, {fc_select.size(0), D});
-}
+// The parameters as they are computed with: (D, C), (D,), (D,), (M * C, D), contiguous and in the dtype of s.
+struct AttendParameters {
+  Tensor fc_reduce, weight, bias, fc_select;
+  int64_t D, M;
+
+  AttendParameters(const Tensor& s, const Tensor& fc_reduce_, const std::optional<Tensor>& weight_, const std::optional<Tensor>& bias_,
+                   const Tensor& fc_select_) {
+    TORCH_CHECK_TYPE(s.scalar_type() == at::kFloat || s.scalar_type() == at::kDouble, "s: expected float32 or float64, got ", s.scalar_type());
+    TORCH_CHECK_VALUE(s.dim() == 2, "s: expected shape (B, C), got ", s.sizes());
+    const int64_t C = s.size(1);
+    check_array(s, "s", s.scalar_type(), {s.size(0), C});
+    fc_reduce = matrix(fc_reduce_, "fc_reduce", s);
+    fc_select = matrix(fc_select_, "fc_select", s);
+    D = fc_reduce.size(0);
+    TORCH_CHECK_VALUE(C > 0 && fc_select.size(0) > 0 && fc_select.size(0) % C == 0, "fc_select: expected a multiple of C = ", C, " rows, got ",
+                      fc_select.size(0));
+    M = fc_select.size(0) / C;
+    check_array(fc_reduce, "fc_reduce", s.scalar_type(), {D, C});
+    check_array(fc_select, "fc_select", s.scalar_type(), {M * C, D});
+    weight = weight_ ? vector(*weight_, "weight", s) : at::ones({D}, s.options());
+    bias = bias_ ? vector(*bias_, "bias", s) : at::zeros({D}, s.options());
+  }
+
+  Tensor vector(const Tensor& t, const char* name, const Tensor& s) const {
+    const Tensor converted = t.to(s.scalar_type()).contiguous();
+    check_array(converted, name, s.scalar_type(), {D});
+    return converted;
+  }
+
+ private:
+  static Tensor matrix(const Tensor& fc, const char* name, const Tensor& s) {
+    TORCH_CHECK_VALUE(fc.dim() == 2 || (fc.dim() == 4 && fc.size(2) == 1 && fc.size(3) == 1), name,
+                      ": expected a matrix or the weight of a 1 x 1 convolution, got shape ", fc.sizes());
+    return fc.flatten(1).to(s.scalar_type()).contiguous();
+  }
+};
 
 // The attention's batch-norm and ReLU of column d: n = (x - mean) * scale + bias.
 template <class A> struct Column {
@@ -92,19 +113,15 @@ template <class A> struct Column {
   A gate(A x, A g) const { return normalized(x) * weight + bias <= 0 ? A(0) : g; }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attend_cpu(const Tensor& s, const Tensor& fc_reduce, const Tensor& weight, const Tensor& bias,
-                                                      const std::optional<Tensor>& mean, const std::optional<Tensor>& var, double eps,
-                                                      const Tensor& fc_select) {
-  check_attend(s, fc_reduce, weight, bias, fc_select);
-  const int64_t B = s.size(0), C = s.size(1), D = fc_reduce.size(0), M = fc_select.size(0) / C;
+std::tuple<Tensor, Tensor, Tensor, Tensor> attend_cpu(const Tensor& s, const Tensor& fc_reduce, const std::optional<Tensor>& weight,
+                                                      const std::optional<Tensor>& bias, const std::optional<Tensor>& mean,
+                                                      const std::optional<Tensor>& var, double eps, const Tensor& fc_select) {
+  const AttendParameters parameters(s, fc_reduce, weight, bias, fc_select);
+  const int64_t B = s.size(0), C = s.size(1), D = parameters.D, M = parameters.M;
   TORCH_CHECK_VALUE(mean.has_value() == var.has_value(), "mean, var: expected both or neither, got only one");
-  if (mean) {
-    check_array(*mean, "mean", s.scalar_type(), {D});
-    check_array(*var, "var", s.scalar_type(), {D});
-  }
-  const Tensor reduced = at::cpu::mm(s, fc_reduce.t());
-  const Tensor mean_out = mean ? mean->clone() : at::empty({D}, s.options());
-  const Tensor var_out = var ? var->clone() : at::empty({D}, s.options());
+  const Tensor reduced = at::cpu::mm(s, parameters.fc_reduce.t());
+  const Tensor mean_out = mean ? parameters.vector(*mean, "mean", s).clone() : at::empty({D}, s.options());
+  const Tensor var_out = var ? parameters.vector(*var, "var", s).clone() : at::empty({D}, s.options());
   const Tensor h = at::empty({B, D}, s.options());
   dispatch_accumulate(s, [&]<class A>() {
     const A* const x = reduced.const_data_ptr<A>();
@@ -118,22 +135,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_cpu(const Tensor& s, const Ten
         m[d] = static_cast<A>(average);
         v[d] = static_cast<A>(squares / B);
       }
-      const Column<A> column{m[d], A(1) / std::sqrt(v[d] + static_cast<A>(eps)), weight.const_data_ptr<A>()[d], bias.const_data_ptr<A>()[d]};
+      const Column<A> column{m[d], A(1) / std::sqrt(v[d] + static_cast<A>(eps)), parameters.weight.const_data_ptr<A>()[d],
+                             parameters.bias.const_data_ptr<A>()[d]};
       for (int64_t b = 0; b < B; ++b) out[b * D + d] = column.relu(x[b * D + d]);
     }
   });
-  const Tensor a = at::cpu::mm(h, fc_select.t()).view({B, M, C});
+  const Tensor a = at::cpu::mm(h, parameters.fc_select.t()).view({B, M, C});
   dispatch_accumulate(s, [&]<class A>() { SK_PICK(softmax<A>)(a.data_ptr<A>(), B, M, C); });
   return {a, reduced, mean_out, var_out};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward_cpu(const Tensor& da, const Tensor& a, const Tensor& s,
                                                                        const Tensor& reduced, const Tensor& fc_reduce,
-                                                                       const Tensor& weight, const Tensor& bias, const Tensor& mean,
+                                                                       const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, const Tensor& mean,
                                                                        const Tensor& var, double eps, bool training,
                                                                        const Tensor& fc_select) {
-  check_attend(s, fc_reduce, weight, bias, fc_select);
-  const int64_t B = s.size(0), C = s.size(1), D = fc_reduce.size(0), M = fc_select.size(0) / C;
+  const AttendParameters parameters(s, fc_reduce, weight, bias, fc_select);
+  const int64_t B = s.size(0), C = s.size(1), D = parameters.D, M = parameters.M;
   check_array(da, "da", s.scalar_type(), {B, M, C});
   check_array(a, "a", s.scalar_type(), {B, M, C});
   check_array(reduced, "reduced", s.scalar_type(), {B, D});
@@ -145,13 +163,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward_cpu(const Ten
     SK_PICK(softmax_backward<A>)(da.const_data_ptr<A>(), a.const_data_ptr<A>(), dlogits.data_ptr<A>(), B, M, C);
   });
   // The gradient of h, then, in place, of the reduced descriptor.
-  const Tensor dreduced = at::cpu::mm(dlogits, fc_select);
+  const Tensor dreduced = at::cpu::mm(dlogits, parameters.fc_select);
   dispatch_accumulate(s, [&]<class A>() {
     const A* const x = reduced.const_data_ptr<A>();
     A *const out = h.data_ptr<A>(), *const g = dreduced.data_ptr<A>();
     for (int64_t d = 0; d < D; ++d) {
       const Column<A> column{mean.const_data_ptr<A>()[d], A(1) / std::sqrt(var.const_data_ptr<A>()[d] + static_cast<A>(eps)),
-                             weight.const_data_ptr<A>()[d], bias.const_data_ptr<A>()[d]};
+                             parameters.weight.const_data_ptr<A>()[d], parameters.bias.const_data_ptr<A>()[d]};
       double total = 0, product = 0;
       for (int64_t b = 0; b < B; ++b) {
         const int64_t i = b * D + d;
@@ -169,7 +187,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward_cpu(const Ten
       }
     }
   });
-  return {at::cpu::mm(dreduced, fc_reduce), at::cpu::mm(dreduced.t(), s), dweight, dbias, at::cpu::mm(dlogits.t(), h)};
+  return {at::cpu::mm(dreduced, parameters.fc_reduce), at::cpu::mm(dreduced.t(), s).view(fc_reduce.sizes()), dweight, dbias,
+          at::cpu::mm(dlogits.t(), h).view(fc_select.sizes())};
 }
 
 }  // namespace sk

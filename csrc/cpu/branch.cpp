@@ -275,7 +275,7 @@ Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArra
     part.B = std::min(images, s.B - image);
     for (auto& y : ys) y = y.narrow(0, 0, part.B);
     branch_winograd(part, x.narrow(0, image, part.B), packed, ys);
-    const Tensor sums = squeeze_cpu(ys, mean, scale, bias, activation, negative_slope, 1, std::nullopt);
+    const auto sums = squeeze_cpu(ys, mean, scale, bias, activation, negative_slope, 1, std::nullopt);
     const Tensor a = attention(sums[0].sum(1) / static_cast<double>(s.out.pixels()));
     select_out(v.narrow(0, image, part.B), ys, mean, scale, bias, a, activation, negative_slope);
   }

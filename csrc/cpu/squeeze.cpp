@@ -115,20 +115,21 @@ void squeeze_tasks(const Branches<T>& v, const T* g, const Segments& segments, A
 
 namespace sk {
 
-Tensor squeeze_cpu(TensorList ys, const Tensor& mean, const Tensor& scale, const Tensor& bias, c10::string_view activation,
-                   double negative_slope, int64_t sums, const std::optional<Tensor>& g) {
+std::vector<Tensor> squeeze_cpu(TensorList ys, const Tensor& mean, const Tensor& scale, const Tensor& bias, c10::string_view activation,
+                                double negative_slope, int64_t sums, const std::optional<Tensor>& g) {
   check_normalized(ys, mean, scale, bias);
   TORCH_CHECK_VALUE(sums == 1 || sums == 3, "sums: expected 1 or 3, got ", sums);
   TORCH_CHECK_VALUE(!g || sums == 3, "sums: expected 3 with g, got ", sums);
   if (g) check_like(*g, "g", ys[0]);
   const int64_t M = ys.size(), B = ys[0].size(0), C = ys[0].size(1);
-  Tensor out = at::zeros({sums, B, M, C}, mean.options());
+  std::vector<Tensor> out;
+  for (int64_t i = 0; i < sums; ++i) out.push_back(at::zeros({B, M, C}, mean.options()));
   dispatch(ys[0].scalar_type(), activation, [&]<class T, Activation kAct>() {
     using A = Accumulate<T>;
     const Branches<T> v(ys, mean, scale, bias, negative_slope);
     const Segments segments(C, v.HW, v.channels_last);
     Tensor parts = at::empty({B * segments.per_image, sums, M * C}, mean.options());
-    A *const part = parts.data_ptr<A>(), *const total = out.data_ptr<A>();
+    A* const part = parts.data_ptr<A>();
     const T* const weight = g ? g->const_data_ptr<T>() : nullptr;
     const auto kernel = g           ? SK_PICK(squeeze_tasks<T, kAct, 3, true>)
                         : sums == 3 ? SK_PICK(squeeze_tasks<T, kAct, 3, false>)
@@ -139,7 +140,7 @@ Tensor squeeze_cpu(TensorList ys, const Tensor& mean, const Tensor& scale, const
     at::parallel_for(0, B, grain(segments.per_image * sums * M * C), [&](int64_t first, int64_t last) {
       for (int64_t segment = first * segments.per_image; segment < last * segments.per_image; ++segment)
         for (int64_t i = 0; i < sums; ++i) {
-          A* const to = total + (i * B + segment / segments.per_image) * M * C;
+          A* const to = out[i].data_ptr<A>() + segment / segments.per_image * M * C;
           const A* const from = part + (segment * sums + i) * M * C;
           for (int64_t c = 0; c < M * C; ++c) to[c] += from[c];
         }

@@ -5,7 +5,9 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import native, reference
 
@@ -40,15 +42,27 @@ class use_backend:
         _forced = self._before
 
 
+def only_pytorch() -> str | None:
+    """The reason why this call has to be made of PyTorch's own operators, whatever the backend, or None."""
+    if torch.compiler.is_compiling():
+        return "ONNX has no operators of sk_fused" if torch.onnx.is_in_onnx_export() else None
+    if torch._C._get_tracing_state() is not None:
+        return "a trace (TorchScript, ONNX) is to run without sk_fused"
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return "torch.func transforms and forward-mode derivatives take PyTorch's own operators only"
+    return None
+
+
 def choose(branches: Sequence[Tensor]) -> ModuleType:
     """The forced backend, or the first that can take the branches."""
+    plain = only_pytorch()
     if _forced is not None:
-        reason = BACKENDS[_forced].why_not(branches)
+        reason = (_forced != "reference" and plain) or BACKENDS[_forced].why_not(branches)
         if reason:
             raise RuntimeError(f"the backend {_forced!r} was forced, but {reason}")
         return BACKENDS[_forced]
-    reasons = []
-    for backend in BACKENDS.values():
+    reasons = [plain] if plain else []
+    for backend in [reference] if plain else BACKENDS.values():
         reason = backend.why_not(branches)
         if reason is None:
             break
@@ -58,8 +72,9 @@ def choose(branches: Sequence[Tensor]) -> ModuleType:
     return backend
 
 
+@torch.compiler.assume_constant_result
 def warn_once(sentence: str) -> None:
-    """A RuntimeWarning, the first time that this sentence comes up in the process."""
+    """A RuntimeWarning, the first time that this sentence comes up in the process; under torch.compile, as it compiles."""
     if sentence not in _said:
         _said.add(sentence)
         warnings.warn(sentence, RuntimeWarning, stacklevel=3)

@@ -24,6 +24,8 @@ def why_not(branches: Sequence[Tensor]) -> str | None:
         return f"the native kernels run on a CPU, the branches are on {branches[0].device}"
     if branches[0].dtype not in DTYPES:
         return f"the native kernels take float32, float64, bfloat16 and float16, the branches are {branches[0].dtype}"
+    if branches[0].shape[0] == 0:
+        return "the native kernels take at least one image, the batch is empty"
     return None
 
 
@@ -48,6 +50,7 @@ def why_not_convolve(
 
 
 if _C is not None:
+    fold = torch.ops.sk_fused.fold.default
     branch = torch.ops.sk_fused.branch.default
     branch_backward = torch.ops.sk_fused.branch_backward.default
     unit = torch.ops.sk_fused.unit.default
@@ -62,6 +65,10 @@ if _C is not None:
         layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         B, _, H, W = x.shape
         return torch.empty((B, weights[0].shape[0], (H - 1) // stride + 1, (W - 1) // stride + 1), dtype=x.dtype, device=x.device, memory_format=layout)
+
+    @torch.library.register_fake("sk_fused::fold")
+    def _(weights, biases, means, variances, eps, dtype):
+        return tuple(means[0].new_empty((len(means), *means[0].shape), dtype=dtype) for _ in range(4))
 
     @torch.library.register_fake("sk_fused::branch")
     def _(x, weights, stride, dilations, groups):
@@ -83,7 +90,7 @@ if _C is not None:
 
     @torch.library.register_fake("sk_fused::squeeze")
     def _(ys, mean, scale, bias, activation, negative_slope, sums, g=None):
-        return mean.new_empty((sums, ys[0].shape[0], *mean.shape))
+        return [mean.new_empty((ys[0].shape[0], *mean.shape)) for _ in range(sums)]
 
     @torch.library.register_fake("sk_fused::attend")
     def _(s, fc_reduce, weight, bias, mean, var, eps, fc_select):
@@ -92,7 +99,7 @@ if _C is not None:
 
     @torch.library.register_fake("sk_fused::attend_backward")
     def _(da, a, s, reduced, fc_reduce, weight, bias, mean, var, eps, training, fc_select):
-        return tuple(x.new_empty(x.shape) for x in (s, fc_reduce, weight, bias, fc_select))
+        return tuple(s.new_empty(shape) for shape in (s.shape, fc_reduce.shape, mean.shape, mean.shape, fc_select.shape))
 
     @torch.library.register_fake("sk_fused::select")
     def _(ys, mean, scale, bias, a, activation, negative_slope):

@@ -4,9 +4,12 @@ The first three are for branches that are convolved here, w_m ∗ x_m, 3 × 3, p
 m-th part of its channels; the others go on from the branches.
 
 Shapes, in every backend: `ys` are the M branches (B, C, H, W), dense and in one layout; `mean`, `scale`, `bias`, `p`,
-`q` are (M, C); `a` is (B, M, C); `s` and `t` are (B, C); `x` is (B, C, H', W'), `weights` are M (C, inputs, 3, 3); `fc_reduce` is (D, C), `fc_select` (M·C, D). All but the
-branches, `x`, `weights`, `g` and `v` are float32, or float64 for float64 branches. With z_m = (y_m − mean_m)·scale_m + bias_m:
+`q` are (M, C); `a` is (B, M, C); `s` and `t` are (B, C); `x` is (B, C, H', W'), `weights` are M (C, inputs, 3, 3);
+`fc_reduce` is (D, C) or (D, C, 1, 1), `fc_select` (M·C, D) or (M·C, D, 1, 1). The parameters and running statistics may have
+any dtype. All else but the branches, `x`, `weights`, `g` and `v` is float32, or float64 for float64 branches. With
+z_m = (y_m − mean_m)·scale_m + bias_m:
 
+    fold             mean, r = 1/√(var + eps), scale = weight·r and bias of the M batch-norms; without weight or bias 1 or 0
     branch           y_m = w_m ∗ x_m, and its mean and variance over (B, H, W)
     branch_backward  from dy_m, as select_backward gives it: dx and dw_m
     unit             v, with given statistics
@@ -84,6 +87,14 @@ def _convolutions(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: 
     return [F.conv2d(x_m, w, None, stride, d, d, groups) for x_m, w, d in zip(_shares(x, weights, groups), weights, dilations, strict=True)]
 
 
+def fold(weights, biases, means, variances, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean, var = (torch.stack([vector.to(dtype) for vector in vectors]) for vectors in (means, variances))
+    weight = torch.stack([torch.ones_like(mean[0]) if w is None else w.to(dtype) for w in weights])
+    bias = torch.stack([torch.zeros_like(mean[0]) if b is None else b.to(dtype) for b in biases])
+    r = torch.rsqrt(var + eps)
+    return mean, r, r * weight, bias
+
+
 def branch(x, weights, stride: int, dilations, groups: int) -> tuple[list[Tensor], Tensor, Tensor]:
     ys = _convolutions(x, weights, stride, dilations, groups)
     return ys, *branch_statistics(ys)
@@ -119,14 +130,17 @@ def branch_statistics(ys: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.stack(mean), torch.stack(var)
 
 
-def squeeze(ys, mean, scale, bias, activation: str, negative_slope: float, sums: int, g: Tensor | None = None) -> Tensor:
-    """The three sums, (3, B, M, C), or only the first, (1, B, M, C)."""
+def squeeze(ys, mean, scale, bias, activation: str, negative_slope: float, sums: int, g: Tensor | None = None) -> list[Tensor]:
+    """The three sums, or only the first, each (B, M, C)."""
     weight = mean.new_ones(ys[0].shape) if g is None else g.to(mean.dtype)
     pooled = []
     for d, z in _normalized(ys, mean, scale, bias):
-        u, k = activate(z, activation, negative_slope), gate(z, weight, activation, negative_slope)
-        pooled.append(torch.stack([x.sum((2, 3)) for x in (weight * u, k, k * d)[:sums]]))
-    return torch.stack(pooled, 2)
+        terms = [weight * activate(z, activation, negative_slope)]
+        if sums == 3:
+            k = gate(z, weight, activation, negative_slope)
+            terms += k, k * d
+        pooled.append([term.sum((2, 3)) for term in terms])
+    return [torch.stack(branches, 1) for branches in zip(*pooled)]
 
 
 def _without_autocast(function: Callable) -> Callable:
@@ -143,14 +157,23 @@ def _without_autocast(function: Callable) -> Callable:
     return run
 
 
+def _parameters(s: Tensor, fc_reduce: Tensor, weight: Tensor | None, bias: Tensor | None, fc_select: Tensor) -> tuple[Tensor, ...]:
+    """As they are computed with: (D, C), (D,), (D,) and (M·C, D), in the dtype of s."""
+    D = fc_reduce.shape[0]
+    weight = s.new_ones(D) if weight is None else weight.to(s.dtype)
+    bias = s.new_zeros(D) if bias is None else bias.to(s.dtype)
+    return fc_reduce.flatten(1).to(s.dtype), weight, bias, fc_select.flatten(1).to(s.dtype)
+
+
 @_without_autocast
 def attend(s, fc_reduce, weight, bias, mean, var, eps: float, fc_select) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """a, the reduced descriptor (B, D) before its batch-norm, and the mean and variance (D,) used: the batch's if none are given."""
+    fc_reduce, weight, bias, fc_select = _parameters(s, fc_reduce, weight, bias, fc_select)
     reduced = s @ fc_reduce.t()
     if mean is None:
         var, mean = torch.var_mean(reduced, 0, correction=0)
     else:
-        mean, var = mean.clone(), var.clone()
+        mean, var = (vector.to(s.dtype, copy=True) for vector in (mean, var))
     h = F.relu((reduced - mean) * torch.rsqrt(var + eps) * weight + bias)
     a = torch.softmax((h @ fc_select.t()).unflatten(1, (-1, s.shape[1])), 1)
     return a, reduced, mean, var
@@ -158,16 +181,18 @@ def attend(s, fc_reduce, weight, bias, mean, var, eps: float, fc_select) -> tupl
 
 @_without_autocast
 def attend_backward(da, a, s, reduced, fc_reduce, weight, bias, mean, var, eps: float, training: bool, fc_select):
-    """The gradients of s, fc_reduce, weight, bias and fc_select."""
+    """The gradients of s, fc_reduce, weight, bias and fc_select, in the dtype of s."""
+    shapes = fc_reduce.shape, fc_select.shape
+    fc_reduce, weight, bias, fc_select = _parameters(s, fc_reduce, weight, bias, fc_select)
     dlogits = (a * (da - (a * da).sum(1, keepdim=True))).flatten(1)
     r = torch.rsqrt(var + eps)
     x = (reduced - mean) * r
     n = x * weight + bias
     dn = torch.where(n <= 0, 0.0, dlogits @ fc_select)
     dbias, dweight = dn.sum(0), (dn * x).sum(0)
-    centred = dn - dbias / len(s) - x * (dweight / len(s)) if training else dn
+    centred = dn - dbias / s.shape[0] - x * (dweight / s.shape[0]) if training else dn
     dreduced = weight * r * centred
-    return dreduced @ fc_reduce, dreduced.t() @ s, dweight, dbias, dlogits.t() @ F.relu(n)
+    return dreduced @ fc_reduce, (dreduced.t() @ s).view(shapes[0]), dweight, dbias, (dlogits.t() @ F.relu(n)).view(shapes[1])
 
 
 def select(ys, mean, scale, bias, a, activation: str, negative_slope: float) -> Tensor:
