@@ -12,27 +12,35 @@ static const std::vector<at::Tag> kTags = {at::Tag::pt2_compliant_tag, at::Tag::
 TORCH_LIBRARY(sk_fused, m) {
   m.def(
       "fold(Tensor?[] weights, Tensor?[] biases, Tensor[] means, Tensor[] variances, float eps, ScalarType dtype)"
-      " -> (Tensor mean, Tensor r, Tensor scale, Tensor bias)", kTags);
+      " -> (Tensor mean, Tensor r, Tensor scale, Tensor bias)",
+      kTags);
   m.def("branch_statistics(Tensor[] ys) -> (Tensor mean, Tensor var)", kTags);
   m.def("branch(Tensor x, Tensor[] weights, int stride, int[] dilations, int groups) -> (Tensor[] ys, Tensor mean, Tensor var)", kTags);
   m.def(
       "branch_backward(Tensor g, Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, Tensor[] ys, Tensor mean, Tensor scale,"
-      " Tensor bias, Tensor a, Tensor t, Tensor p, Tensor q, str activation, float negative_slope) -> (Tensor dx, Tensor[] dweights)", kTags);
+      " Tensor bias, Tensor a, Tensor t, Tensor p, Tensor q, str activation, float negative_slope) -> (Tensor dx, Tensor[] dweights)",
+      kTags);
   m.def(
       "unit(Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, Tensor mean, Tensor scale, Tensor bias, Tensor fc_reduce,"
       " Tensor attn_weight, Tensor attn_bias, Tensor attn_mean, Tensor attn_var, float attn_eps, Tensor fc_select, str activation,"
-      " float negative_slope) -> Tensor", kTags);
-  m.def("squeeze(Tensor[] ys, Tensor mean, Tensor scale, Tensor bias, str activation, float negative_slope, int sums, Tensor? g=None) -> Tensor[]", kTags);
+      " float negative_slope) -> Tensor",
+      kTags);
+  m.def(
+      "squeeze(Tensor[] ys, Tensor mean, Tensor scale, Tensor bias, str activation, float negative_slope, int sums, Tensor? g=None) -> Tensor[]",
+      kTags);
   m.def(
       "attend(Tensor s, Tensor fc_reduce, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, Tensor fc_select)"
-      " -> (Tensor a, Tensor reduced, Tensor mean, Tensor var)", kTags);
+      " -> (Tensor a, Tensor reduced, Tensor mean, Tensor var)",
+      kTags);
   m.def(
       "attend_backward(Tensor da, Tensor a, Tensor s, Tensor reduced, Tensor fc_reduce, Tensor? weight, Tensor? bias, Tensor mean,"
-      " Tensor var, float eps, bool training, Tensor fc_select) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", kTags);
+      " Tensor var, float eps, bool training, Tensor fc_select) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+      kTags);
   m.def("select(Tensor[] ys, Tensor mean, Tensor scale, Tensor bias, Tensor a, str activation, float negative_slope) -> Tensor", kTags);
   m.def(
       "select_backward(Tensor g, Tensor[] ys, Tensor mean, Tensor scale, Tensor bias, Tensor a, Tensor t, Tensor p, Tensor q,"
-      " str activation, float negative_slope) -> Tensor[]", kTags);
+      " str activation, float negative_slope) -> Tensor[]",
+      kTags);
 }
 
 TORCH_LIBRARY_IMPL(sk_fused, CPU, m) {

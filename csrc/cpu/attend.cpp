@@ -72,15 +72,16 @@ struct AttendParameters {
 
   AttendParameters(const Tensor& s, const Tensor& fc_reduce_, const std::optional<Tensor>& weight_, const std::optional<Tensor>& bias_,
                    const Tensor& fc_select_) {
-    TORCH_CHECK_TYPE(s.scalar_type() == at::kFloat || s.scalar_type() == at::kDouble, "s: expected float32 or float64, got ", s.scalar_type());
+    TORCH_CHECK_TYPE(s.scalar_type() == at::kFloat || s.scalar_type() == at::kDouble, "s: expected float32 or float64, got ",
+                     s.scalar_type());
     TORCH_CHECK_VALUE(s.dim() == 2, "s: expected shape (B, C), got ", s.sizes());
     const int64_t C = s.size(1);
     check_array(s, "s", s.scalar_type(), {s.size(0), C});
     fc_reduce = matrix(fc_reduce_, "fc_reduce", s);
     fc_select = matrix(fc_select_, "fc_select", s);
     D = fc_reduce.size(0);
-    TORCH_CHECK_VALUE(C > 0 && fc_select.size(0) > 0 && fc_select.size(0) % C == 0, "fc_select: expected a multiple of C = ", C, " rows, got ",
-                      fc_select.size(0));
+    TORCH_CHECK_VALUE(C > 0 && fc_select.size(0) > 0 && fc_select.size(0) % C == 0, "fc_select: expected a multiple of C = ", C,
+                      " rows, got ", fc_select.size(0));
     M = fc_select.size(0) / C;
     check_array(fc_reduce, "fc_reduce", s.scalar_type(), {D, C});
     check_array(fc_select, "fc_select", s.scalar_type(), {M * C, D});
@@ -145,11 +146,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_cpu(const Tensor& s, const Ten
   return {a, reduced, mean_out, var_out};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward_cpu(const Tensor& da, const Tensor& a, const Tensor& s,
-                                                                       const Tensor& reduced, const Tensor& fc_reduce,
-                                                                       const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, const Tensor& mean,
-                                                                       const Tensor& var, double eps, bool training,
-                                                                       const Tensor& fc_select) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward_cpu(
+    const Tensor& da, const Tensor& a, const Tensor& s, const Tensor& reduced, const Tensor& fc_reduce, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& var, double eps, bool training, const Tensor& fc_select) {
   const AttendParameters parameters(s, fc_reduce, weight, bias, fc_select);
   const int64_t B = s.size(0), C = s.size(1), D = parameters.D, M = parameters.M;
   check_array(da, "da", s.scalar_type(), {B, M, C});
@@ -159,9 +158,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward_cpu(const Ten
   check_array(var, "var", s.scalar_type(), {D});
   const Tensor dlogits = at::empty({B, M * C}, s.options()), h = at::empty({B, D}, s.options());
   const Tensor dweight = at::empty({D}, s.options()), dbias = at::empty({D}, s.options());
-  dispatch_accumulate(s, [&]<class A>() {
-    SK_PICK(softmax_backward<A>)(da.const_data_ptr<A>(), a.const_data_ptr<A>(), dlogits.data_ptr<A>(), B, M, C);
-  });
+  dispatch_accumulate(
+      s, [&]<class A>() { SK_PICK(softmax_backward<A>)(da.const_data_ptr<A>(), a.const_data_ptr<A>(), dlogits.data_ptr<A>(), B, M, C); });
   // The gradient of h, then, in place, of the reduced descriptor.
   const Tensor dreduced = at::cpu::mm(dlogits, parameters.fc_select);
   dispatch_accumulate(s, [&]<class A>() {

@@ -112,7 +112,9 @@ void join_moments(const A* moments, const A* missed, const Segments& segments, i
     return static_cast<double>(std::min(segments.pixels, HW - part % segments.per_image * segments.pixels));
   };
   // Of a part of n pixels: the mean, to more than A's precision.
-  const auto mean_of = [&](int64_t part, double n, int64_t c) { return moments[part * 2 * channels + c] + missed[part * channels + c] / n; };
+  const auto mean_of = [&](int64_t part, double n, int64_t c) {
+    return moments[part * 2 * channels + c] + missed[part * channels + c] / n;
+  };
   for (int64_t part = 0; part < parts; ++part) {
     const double n = pixels(part);
     for (int64_t c = 0; c < channels; ++c) average[c] += n / count * mean_of(part, n, c);
@@ -163,21 +165,25 @@ Convolutions check_convolutions(const Tensor& x, TensorList weights, int64_t str
   TORCH_CHECK_VALUE(x.is_contiguous(layout(x)), "x: expected contiguous or channels_last, got strides ", x.strides());
   const int64_t M = weights.size(), C = x.size(1), H = x.size(2), W = x.size(3);
   TORCH_CHECK_VALUE(M >= 1 && M <= kMaxBranches, "weights: expected 1 to ", kMaxBranches, " branches, got ", M);
-  TORCH_CHECK_VALUE(static_cast<int64_t>(dilations.size()) == M, "dilations: expected one for each of ", M, " branches, got ", dilations.size());
+  TORCH_CHECK_VALUE(static_cast<int64_t>(dilations.size()) == M, "dilations: expected one for each of ", M, " branches, got ",
+                    dilations.size());
   TORCH_CHECK_VALUE(stride == 1 || stride == 2, "stride: expected 1 or 2, got ", stride);
   TORCH_CHECK_VALUE(groups >= 1, "groups: expected at least 1, got ", groups);
   for (int64_t m = 0; m < M; ++m) {
     const Tensor& w = weights[m];
     TORCH_CHECK_VALUE(w.dim() == 4 && w.sizes() == weights[0].sizes() && w.size(0) % groups == 0 && w.size(2) == 3 && w.size(3) == 3,
-                      "weights: expected all of shape (a multiple of groups = ", groups, ", inputs, 3, 3), got ", weights[0].sizes(), " and ", w.sizes());
+                      "weights: expected all of shape (a multiple of groups = ", groups, ", inputs, 3, 3), got ", weights[0].sizes(),
+                      " and ", w.sizes());
     TORCH_CHECK_VALUE(w.device().is_cpu(), "weights: expected CPU tensors, got one on ", w.device());
     TORCH_CHECK_TYPE(w.scalar_type() == x.scalar_type(), "weights: expected ", x.scalar_type(), ", got ", w.scalar_type());
-    TORCH_CHECK_VALUE(w.is_contiguous(layout(weights[0])), "weights: expected all in one layout, got strides ", weights[0].strides(), " and ", w.strides());
+    TORCH_CHECK_VALUE(w.is_contiguous(layout(weights[0])), "weights: expected all in one layout, got strides ", weights[0].strides(),
+                      " and ", w.strides());
     TORCH_CHECK_VALUE(dilations[m] >= 1 && dilations[m] <= kMaxDilation, "dilations: expected 1 to ", kMaxDilation, ", got ", dilations[m]);
   }
   const int64_t inputs = weights[0].size(1), outputs = weights[0].size(0) / groups;
   const bool split = C != inputs * groups, channels_last = !x.is_contiguous();
-  TORCH_CHECK_VALUE(!split || C == inputs * groups * M, "x: expected ", inputs * groups, " channels, or ", inputs * groups * M, " to be split, got ", C);
+  TORCH_CHECK_VALUE(!split || C == inputs * groups * M, "x: expected ", inputs * groups, " channels, or ", inputs * groups * M,
+                    " to be split, got ", C);
   const bool weights_channels_last = layout(weights[0]) == at::MemoryFormat::ChannelsLast;
   Convolutions s{.in = {C, H, W, channels_last},
                  .out = {outputs * groups, (H - 1) / stride + 1, (W - 1) / stride + 1, channels_last},
@@ -193,8 +199,9 @@ Convolutions check_convolutions(const Tensor& x, TensorList weights, int64_t str
                  .tap_step = weights_channels_last ? inputs : 1,
                  .dilation = {}};
   std::copy(dilations.begin(), dilations.end(), s.dilation);
-  TORCH_CHECK_VALUE(s.direct() || s.winograd(), "weights: expected multiples of 16 channels a group, in and out, and stride 1, or 4, 8, 16 or 32, got ",
-                    inputs, " in, ", outputs, " out, stride ", stride);
+  TORCH_CHECK_VALUE(s.direct() || s.winograd(),
+                    "weights: expected multiples of 16 channels a group, in and out, and stride 1, or 4, 8, 16 or 32, got ", inputs,
+                    " in, ", outputs, " out, stride ", stride);
   return s;
 }
 
@@ -213,7 +220,8 @@ static Tensor output_like(const Convolutions& s, const Tensor& x, int64_t images
   return at::empty({images, s.out.C, s.out.H, s.out.W}, x.options().memory_format(layout(x)));
 }
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor> branch_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArrayRef dilations, int64_t groups) {
+std::tuple<std::vector<Tensor>, Tensor, Tensor> branch_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArrayRef dilations,
+                                                           int64_t groups) {
   const Convolutions s = check_convolutions(x, weights, stride, dilations, groups);
   std::vector<Tensor> ys;
   for (int64_t m = 0; m < s.M; ++m) ys.push_back(output_like(s, x, s.B));
@@ -227,11 +235,11 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> branch_cpu(const Tensor& x, Tens
   return {ys, mean, var};
 }
 
-std::tuple<Tensor, std::vector<Tensor>> branch_backward_cpu(const Tensor& g, const Tensor& x, TensorList weights, int64_t stride,
-                                                            at::IntArrayRef dilations, int64_t groups, TensorList ys, const Tensor& mean,
-                                                            const Tensor& scale, const Tensor& bias, const Tensor& a, const Tensor& t,
-                                                            const Tensor& p, const Tensor& q, c10::string_view activation,
-                                                            double negative_slope) {
+std::tuple<Tensor, std::vector<Tensor> > branch_backward_cpu(const Tensor& g, const Tensor& x, TensorList weights, int64_t stride,
+                                                             at::IntArrayRef dilations, int64_t groups, TensorList ys, const Tensor& mean,
+                                                             const Tensor& scale, const Tensor& bias, const Tensor& a, const Tensor& t,
+                                                             const Tensor& p, const Tensor& q, c10::string_view activation,
+                                                             double negative_slope) {
   const Convolutions s = check_convolutions(x, weights, stride, dilations, groups);
   check_select_backward(g, ys, mean, scale, bias, a, t, p, q);
   const int64_t shape[] = {s.B, s.out.C, s.out.H, s.out.W};

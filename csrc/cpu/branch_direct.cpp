@@ -48,8 +48,7 @@ void convolve_row(const float* const* rows, const Weights& weights, const float*
 
 // Adds to out [kGroup][9][L] what a plane of gradients, and the block that was convolved, give for the weights: the sum
 // over the pixels of each product of an input channel and a gradient. The rows are summed in parts of some hundred pixels.
-template <int kGroup>
-void weight_gradient(const Plane& x, const Plane& dy, int64_t dilation, int64_t stride, float* out) {
+template <int kGroup> void weight_gradient(const Plane& x, const Plane& dy, int64_t dilation, int64_t stride, float* out) {
   constexpr int64_t L = kLanes<float>;
   constexpr int kChannels = L == 16 && kGroup >= 8 ? 8 : 4;
   const int64_t rows_at_once = 1 + 512 / x.width;
@@ -115,7 +114,8 @@ WeightGradient pick_weight_gradient(int64_t group) {
 
 // One branch of a task, row by row, into a block, and what is to happen to each row while it is in L1 cache.
 template <class EachRow>
-SK_INLINE void convolve(const Clustered& s, int64_t m, const Plane& x, const float* weights, const float* bias, float* block, const EachRow& each_row) {
+SK_INLINE void convolve(const Clustered& s, int64_t m, const Plane& x, const float* weights, const float* bias, float* block,
+                        const EachRow& each_row) {
   constexpr int64_t L = kLanes<float>;
   const int64_t d = s.dilation[m];
   const ConvolveRow row = pick_convolve_row(s.inputs, d, s.stride, s.tile(s.out.W));
@@ -170,7 +170,8 @@ template <Activation kAct> struct RowSum {
 
 // Tasks are (b, cluster). moments is (B, 2, M, clusters * cluster), missed (B, M, clusters * cluster).
 template <class T>
-void branch_tasks(const Clustered& s, const T* x, const float* weights, T* const* ys, float* scratch, float* moments, float* missed, int64_t first, int64_t last) {
+void branch_tasks(const Clustered& s, const T* x, const float* weights, T* const* ys, float* scratch, float* moments, float* missed,
+                  int64_t first, int64_t last) {
   const Plane plane = s.input_plane(scratch);
   float* const block = scratch + plane.size();
   const float zero[kMaxCluster] = {};
@@ -188,7 +189,8 @@ void branch_tasks(const Clustered& s, const T* x, const float* weights, T* const
 
 // Eval: z (B, clusters, M, pixels, cluster) of all branches, and the pooled sums (B, clusters * cluster) of their activations.
 template <class T, Activation kAct>
-void unit_branch_tasks(const Clustered& s, float slope, const T* x, const float* weights, const float* bias, float* scratch, float* z, float* pooled, int64_t first, int64_t last) {
+void unit_branch_tasks(const Clustered& s, float slope, const T* x, const float* weights, const float* bias, float* scratch, float* z,
+                       float* pooled, int64_t first, int64_t last) {
   const Plane plane = s.input_plane(scratch);
   for (int64_t task = first; task < last; ++task) {
     const int64_t b = task / s.clusters(), c = task % s.clusters() * s.cluster, channels = s.in.C - c < s.cluster ? s.in.C - c : s.cluster;
@@ -289,7 +291,8 @@ void branch_backward_tasks(const Clustered& s, const Gradient<T>& d, const T* x,
   const Plane inputs{block, s.in.W, 0, 1, s.in.H, s.in.W, s.cluster};
   const WeightGradient gradient = pick_weight_gradient(s.inputs);
   for (int64_t task = first; task < last; ++task) {
-    const int64_t part = task / s.clusters(), c = task % s.clusters() * s.cluster, channels = s.in.C - c < s.cluster ? s.in.C - c : s.cluster;
+    const int64_t part = task / s.clusters(), c = task % s.clusters() * s.cluster,
+                  channels = s.in.C - c < s.cluster ? s.in.C - c : s.cluster;
     for (int64_t m = 0; m < s.M; ++m)
       std::memset(dweights + ((part * s.M + m) * s.channels() + c) * s.row(), 0, s.cluster * s.row() * sizeof(float));
     for (int64_t b = part * s.B / parts; b < (part + 1) * s.B / parts; ++b) {
@@ -345,9 +348,7 @@ struct Clustered : Convolutions {
     const int64_t reach = (whole_tiles(out.W, tile(out.W)) - 1) * stride + 1;
     return {data, 2 * halo + std::max(in.W, reach), halo, 1, in.H, in.W, cluster};
   }
-  Plane gradient_plane(float* data) const {
-    return {data, 2 * halo + whole_tiles(in.W, tile(in.W)), halo, stride, out.H, out.W, cluster};
-  }
+  Plane gradient_plane(float* data) const { return {data, 2 * halo + whole_tiles(in.W, tile(in.W)), halo, stride, out.H, out.W, cluster}; }
 };
 
 }  // namespace sk
@@ -367,7 +368,8 @@ template <class T> static Tensor packed_weights(const Clustered& s, TensorList w
   return packed;
 }
 
-void branch_direct(const Convolutions& convolutions, const Tensor& x, TensorList weights, TensorList ys, const Tensor& mean, const Tensor& var) {
+void branch_direct(const Convolutions& convolutions, const Tensor& x, TensorList weights, TensorList ys, const Tensor& mean,
+                   const Tensor& var) {
   const Clustered s = clustered(convolutions);
   const Tensor moments = at::empty({s.B, 2, s.M, s.channels()}, at::kFloat), missed = at::empty({s.B, s.M, s.channels()}, at::kFloat);
   dispatch_convolution(x.scalar_type(), [&]<class T>() {
@@ -375,21 +377,23 @@ void branch_direct(const Convolutions& convolutions, const Tensor& x, TensorList
     c10::SmallVector<T*, 4> out;
     for (const auto& y : ys) out.push_back(y.data_ptr<T>());
     const auto kernel = SK_PICK(branch_tasks<T>);
-    parallel_tasks(s.B * s.clusters(), s.input_plane(nullptr).size() + s.out.pixels() * s.cluster, [&](float* scratch, int64_t first, int64_t last) {
-      kernel(s, x.const_data_ptr<T>(), packed.const_data_ptr<float>(), out.data(), scratch, moments.data_ptr<float>(), missed.data_ptr<float>(), first, last);
-    });
+    parallel_tasks(s.B * s.clusters(), s.input_plane(nullptr).size() + s.out.pixels() * s.cluster,
+                   [&](float* scratch, int64_t first, int64_t last) {
+                     kernel(s, x.const_data_ptr<T>(), packed.const_data_ptr<float>(), out.data(), scratch, moments.data_ptr<float>(),
+                            missed.data_ptr<float>(), first, last);
+                   });
   });
   const Tensor padded = at::empty({2, s.M, s.channels()}, at::kFloat);
   float* const joined = padded.data_ptr<float>();
-  join_moments(moments.const_data_ptr<float>(), missed.const_data_ptr<float>(), Segments(s.out.pixels()), s.B, s.out.pixels(), s.M * s.channels(), joined, joined + s.M * s.channels());
+  join_moments(moments.const_data_ptr<float>(), missed.const_data_ptr<float>(), Segments(s.out.pixels()), s.B, s.out.pixels(),
+               s.M * s.channels(), joined, joined + s.M * s.channels());
   mean.copy_(padded[0].narrow(1, 0, s.in.C));
   var.copy_(padded[1].narrow(1, 0, s.in.C));
 }
 
 void branch_direct_backward(const Convolutions& convolutions, const Tensor& g, const Tensor& x, TensorList weights, TensorList ys,
-                            const Tensor& mean, const Tensor& scale, const Tensor& bias, const Tensor& a, const Tensor& t,
-                            const Tensor& p, const Tensor& q, c10::string_view activation, double negative_slope, const Tensor& dx,
-                            TensorList dweights) {
+                            const Tensor& mean, const Tensor& scale, const Tensor& bias, const Tensor& a, const Tensor& t, const Tensor& p,
+                            const Tensor& q, c10::string_view activation, double negative_slope, const Tensor& dx, TensorList dweights) {
   const Clustered s = clustered(convolutions);
   // Parts of the batch are summed apart, where there are too few clusters for many threads.
   const int64_t parts = std::clamp<int64_t>((64 + s.clusters() - 1) / s.clusters(), 1, s.B);
@@ -398,23 +402,33 @@ void branch_direct_backward(const Convolutions& convolutions, const Tensor& g, c
   dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
     if constexpr (!std::is_same_v<T, double>) {
       const Branches<T> branches(ys, mean, scale, bias, negative_slope);
-      const Gradient<T> gradient{branches, g.const_data_ptr<T>(), a.const_data_ptr<float>(), t.const_data_ptr<float>(), p.const_data_ptr<float>(), q.const_data_ptr<float>()};
+      const Gradient<T> gradient{branches,
+                                 g.const_data_ptr<T>(),
+                                 a.const_data_ptr<float>(),
+                                 t.const_data_ptr<float>(),
+                                 p.const_data_ptr<float>(),
+                                 q.const_data_ptr<float>()};
       for (int64_t m = 0; m < s.M; ++m) turn_weights(s, weights[m].const_data_ptr<T>(), turned[m].data_ptr<float>());
       const auto kernel = SK_PICK(branch_backward_tasks<T, kAct>);
-      parallel_tasks(parts * s.clusters(), s.M * s.gradient_plane(nullptr).size() + s.in.pixels() * s.cluster, [&](float* scratch, int64_t first, int64_t last) {
-        kernel(s, gradient, x.const_data_ptr<T>(), turned.const_data_ptr<float>(), parts, scratch, dx.data_ptr<T>(), partial.data_ptr<float>(), first, last);
-      });
+      parallel_tasks(parts * s.clusters(), s.M * s.gradient_plane(nullptr).size() + s.in.pixels() * s.cluster,
+                     [&](float* scratch, int64_t first, int64_t last) {
+                       kernel(s, gradient, x.const_data_ptr<T>(), turned.const_data_ptr<float>(), parts, scratch, dx.data_ptr<T>(),
+                              partial.data_ptr<float>(), first, last);
+                     });
     }
   });
-  for (int64_t m = 0; m < s.M; ++m) sum_weight_gradients(s, partial.data_ptr<float>() + m * s.channels() * s.row(), partial.stride(0), parts, dweights[m]);
+  for (int64_t m = 0; m < s.M; ++m)
+    sum_weight_gradients(s, partial.data_ptr<float>() + m * s.channels() * s.row(), partial.stride(0), parts, dweights[m]);
 }
 
 Tensor unit_direct(const Convolutions& convolutions, const Tensor& x, TensorList weights, int64_t images, const Tensor& mean,
-                   const Tensor& scale, const Tensor& bias, const Attention& attention, c10::string_view activation, double negative_slope) {
+                   const Tensor& scale, const Tensor& bias, const Attention& attention, c10::string_view activation,
+                   double negative_slope) {
   const Clustered s = clustered(convolutions);
   const Tensor shift = at::constant_pad_nd(bias - mean * scale, {0, s.channels() - s.in.C});
   Tensor v = at::empty({s.B, s.in.C, s.out.H, s.out.W}, x.options().memory_format(layout(x)));
-  const Tensor z = at::empty({images * s.M * s.channels() * s.out.pixels()}, at::kFloat), pooled = at::empty({images, s.channels()}, at::kFloat);
+  const Tensor z = at::empty({images * s.M * s.channels() * s.out.pixels()}, at::kFloat),
+               pooled = at::empty({images, s.channels()}, at::kFloat);
   dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
     if constexpr (!std::is_same_v<T, double>) {
       const Tensor packed = packed_weights<T>(s, weights, scale.const_data_ptr<float>());
@@ -424,12 +438,13 @@ Tensor unit_direct(const Convolutions& convolutions, const Tensor& x, TensorList
       for (int64_t image = 0; image < s.B; image += images) {
         const int64_t count = std::min(images, s.B - image);
         parallel_tasks(count * s.clusters(), s.input_plane(nullptr).size(), [&](float* scratch, int64_t first, int64_t last) {
-          branch_kernel(s, slope, x.const_data_ptr<T>() + s.in.offset(image, 0), packed.const_data_ptr<float>(), shift.const_data_ptr<float>(), scratch,
-                        z.data_ptr<float>(), pooled.data_ptr<float>(), first, last);
+          branch_kernel(s, slope, x.const_data_ptr<T>() + s.in.offset(image, 0), packed.const_data_ptr<float>(),
+                        shift.const_data_ptr<float>(), scratch, z.data_ptr<float>(), pooled.data_ptr<float>(), first, last);
         });
         const Tensor a = attention(pooled.narrow(0, 0, count).narrow(1, 0, s.in.C) / static_cast<double>(s.out.pixels()));
         at::parallel_for(0, count * s.clusters(), 1, [&](int64_t first, int64_t last) {
-          select_kernel(s, slope, z.const_data_ptr<float>(), a.const_data_ptr<float>(), v.data_ptr<T>() + s.out.offset(image, 0), first, last);
+          select_kernel(s, slope, z.const_data_ptr<float>(), a.const_data_ptr<float>(), v.data_ptr<T>() + s.out.offset(image, 0), first,
+                        last);
         });
       }
     }

@@ -28,7 +28,8 @@ template <class T> void turn_rows(const T* weights, const Picture& kernel, int64
 }
 
 // Sums the parts of L channels' gradients (parts, row, L), and brings them back into rows.
-template <class T> void sum_rows(const float* partial, int64_t part_step, int64_t parts, int64_t channels, int64_t row, float* scratch, T* rows) {
+template <class T>
+void sum_rows(const float* partial, int64_t part_step, int64_t parts, int64_t channels, int64_t row, float* scratch, T* rows) {
   constexpr int64_t L = kLanes<float>;
   for (int64_t i = 0; i < row; ++i) {
     Vec<float> total = load(partial + i * L);
@@ -82,7 +83,7 @@ void sum_weight_gradients(const Convolutions& s, const float* partial, int64_t p
   });
 }
 
-#define SK_INSTANTIATE(T)                                              \
+#define SK_INSTANTIATE(T)                                                             \
   template void pack_weights<T>(const Convolutions&, const T*, const float*, float*); \
   template void turn_weights<T>(const Convolutions&, const T*, float*);
 SK_INSTANTIATE(float)

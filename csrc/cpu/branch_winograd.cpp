@@ -18,7 +18,8 @@ SK_INLINE void input_transform(Vec<float>& a, Vec<float>& b, Vec<float>& c, Vec<
 }
 
 // v[position][tile][channels] of one tile; `pixel` is its first.
-SK_INLINE void transform_inputs(const float* pixel, int64_t row_step, int64_t column_step, int64_t channels, float* v, int64_t position_step) {
+SK_INLINE void transform_inputs(const float* pixel, int64_t row_step, int64_t column_step, int64_t channels, float* v,
+                                int64_t position_step) {
   for (int64_t k = 0; k < channels; k += kLanes<float>) {
     Vec<float> x[4][4];
     for (int i = 0; i < 4; ++i) {
@@ -33,7 +34,8 @@ SK_INLINE void transform_inputs(const float* pixel, int64_t row_step, int64_t co
 }
 
 // The same for the gradient of 2 x 2 outputs: A dy A^T.
-SK_INLINE void transform_gradients(const float* pixel, int64_t row_step, int64_t column_step, int64_t channels, float* v, int64_t position_step) {
+SK_INLINE void transform_gradients(const float* pixel, int64_t row_step, int64_t column_step, int64_t channels, float* v,
+                                   int64_t position_step) {
   for (int64_t k = 0; k < channels; k += kLanes<float>) {
     Vec<float> x[4][2];
     for (int j = 0; j < 2; ++j) {
@@ -54,7 +56,8 @@ SK_INLINE void transform_gradients(const float* pixel, int64_t row_step, int64_t
 }
 
 // G g G^T for L output channels, packed side by side, to u[position][inputs][step].
-void transform_weights(const float* packed, int64_t inputs, int64_t channel_step, int64_t tap_step, float* u, int64_t step, int64_t position_step) {
+void transform_weights(const float* packed, int64_t inputs, int64_t channel_step, int64_t tap_step, float* u, int64_t step,
+                       int64_t position_step) {
   constexpr int64_t L = kLanes<float>;
   for (int64_t i = 0; i < inputs; ++i) {
     Vec<float> g[4][3];
@@ -113,7 +116,8 @@ template <int kRows, int kVecs> SK_INLINE void multiply(const float* v, const fl
 }
 
 // du (kRows of the inputs, kVecs * L) += the sum over the tiles of v (tiles, inputs) and d (tiles, kVecs * L).
-template <int kRows, int kVecs> SK_INLINE void multiply_transposed(const float* v, const float* d, int64_t tiles, int64_t inputs, float* du) {
+template <int kRows, int kVecs>
+SK_INLINE void multiply_transposed(const float* v, const float* d, int64_t tiles, int64_t inputs, float* du) {
   constexpr int64_t L = kLanes<float>;
   Vec<float> sum[kRows][kVecs];
   for (int r = 0; r < kRows; ++r)
@@ -147,7 +151,8 @@ SK_INLINE void output_transform(const float* m, int64_t position_step, Vec<float
 }
 
 // The outputs of one tile, kVecs * L channels, to (or, with kAdd, added to) pixels that are `step` apart.
-template <class T, int kVecs> SK_INLINE void store_tile(const Winograd& s, const Tile& tile, bool add, const float* m, int64_t position_step, T* out, int64_t step) {
+template <class T, int kVecs>
+SK_INLINE void store_tile(const Winograd& s, const Tile& tile, bool add, const float* m, int64_t position_step, T* out, int64_t step) {
   constexpr int64_t L = kLanes<float>;
   for (int j = 0; j < kVecs; ++j) {
     Vec<float> y[2][2];
@@ -167,7 +172,8 @@ template <class T, int kVecs>
 void convolve_tasks(const Winograd& s, const T* x, const float* packed, bool add, T* out, float* scratch, int64_t first, int64_t last) {
   constexpr int64_t L = kLanes<float>, kChunk = kVecs * L;
   const Plane plane = s.plane(scratch, s.in, s.inputs);
-  const int64_t v_step = position_step(s.span * s.inputs), u_step = position_step(s.inputs * kChunk), m_step = position_step(kTilesOfProduct * kChunk);
+  const int64_t v_step = position_step(s.span * s.inputs), u_step = position_step(s.inputs * kChunk),
+                m_step = position_step(kTilesOfProduct * kChunk);
   float* const v = scratch + s.plane_size(s.in, s.inputs);
   float* const u = v + 16 * v_step;
   float* const m = u + 16 * u_step;
@@ -192,20 +198,21 @@ void convolve_tasks(const Winograd& s, const T* x, const float* packed, bool add
       }
       for (int64_t c = begin; c < end; c += kChunk) {
         for (int j = 0; j < kVecs; ++j)
-          transform_weights(packed + (group * s.outputs + c + j * L) * s.inputs * 9, s.inputs, s.channel_step, s.tap_step, u + j * L, kChunk, u_step);
+          transform_weights(packed + (group * s.outputs + c + j * L) * s.inputs * 9, s.inputs, s.channel_step, s.tap_step, u + j * L,
+                            kChunk, u_step);
         for (int64_t from = 0; from < count; from += kTilesOfProduct) {
           const int64_t to = from + kTilesOfProduct < count ? from + kTilesOfProduct : count;
           for (int64_t position = 0; position < 16; ++position)
             for (int64_t t = from; t < to; t += kRows)
-              multiply<kRows, kVecs>(v + position * v_step + t * s.inputs, u + position * u_step, s.inputs, m + position * m_step + (t - from) * kChunk);
+              multiply<kRows, kVecs>(v + position * v_step + t * s.inputs, u + position * u_step, s.inputs,
+                                     m + position * m_step + (t - from) * kChunk);
           for (int64_t t = from; t < to; ++t) {
             const int64_t b = (start + t) / s.tiles;
             const Tile& tile = s.tile[(start + t) % s.tiles];
             const float* const product = m + (t - from) * kChunk;
             if (picture)
               store_tile<float, kVecs>(s, tile, add, product, m_step, picture + b * s.out.pixels() * channels + c - begin, channels);
-            else
-              store_tile<T, kVecs>(s, tile, add, product, m_step, out + s.out.offset(image + b, out_channel - begin + c), s.out.C);
+            else store_tile<T, kVecs>(s, tile, add, product, m_step, out + s.out.offset(image + b, out_channel - begin + c), s.out.C);
           }
         }
       }
@@ -218,10 +225,12 @@ void convolve_tasks(const Winograd& s, const T* x, const float* packed, bool add
 // Tasks are (part of the batch, group, kVecs * L of its output channels). If there is one part its sums are the gradient;
 // else they go to partial (parts, groups * outputs / L, inputs * 9, L).
 template <class T, int kVecs>
-void weight_gradient_tasks(const Winograd& s, const T* x, const T* dy, float* partial, T* dweight, float* scratch, int64_t first, int64_t last) {
+void weight_gradient_tasks(const Winograd& s, const T* x, const T* dy, float* partial, T* dweight, float* scratch, int64_t first,
+                           int64_t last) {
   constexpr int64_t L = kLanes<float>, kChunk = kVecs * L;
   const Plane inputs = s.plane(scratch, s.in, s.inputs), gradients = s.plane(scratch + s.plane_size(s.in, s.inputs), s.out, kChunk);
-  const int64_t v_step = position_step(s.span * s.inputs), d_step = position_step(s.span * kChunk), du_step = position_step(s.inputs * kChunk);
+  const int64_t v_step = position_step(s.span * s.inputs), d_step = position_step(s.span * kChunk),
+                du_step = position_step(s.inputs * kChunk);
   float* const v = scratch + s.plane_size(s.in, s.inputs) + s.plane_size(s.out, kChunk);
   float* const d = v + 16 * v_step;
   float* const du = d + 16 * d_step;
@@ -240,12 +249,15 @@ void weight_gradient_tasks(const Winograd& s, const T* x, const T* dy, float* pa
         }
         const Tile& tile = s.tile[in_image];
         const int64_t rows = s.dilation * inputs.columns, columns = s.dilation;
-        transform_inputs(inputs.row(tile.row - columns) + (tile.column - columns) * s.inputs, rows * s.inputs, columns * s.inputs, s.inputs, v + t * s.inputs, v_step);
-        transform_gradients(gradients.row(tile.row) + tile.column * kChunk, rows * kChunk, columns * kChunk, kChunk, d + t * kChunk, d_step);
+        transform_inputs(inputs.row(tile.row - columns) + (tile.column - columns) * s.inputs, rows * s.inputs, columns * s.inputs, s.inputs,
+                         v + t * s.inputs, v_step);
+        transform_gradients(gradients.row(tile.row) + tile.column * kChunk, rows * kChunk, columns * kChunk, kChunk, d + t * kChunk,
+                            d_step);
       }
       for (int64_t position = 0; position < 16; ++position)
         for (int64_t i = 0; i < s.inputs; i += kRows)
-          multiply_transposed<kRows, kVecs>(v + position * v_step + i, d + position * d_step, count, s.inputs, du + position * du_step + i * kChunk);
+          multiply_transposed<kRows, kVecs>(v + position * v_step + i, d + position * d_step, count, s.inputs,
+                                            du + position * du_step + i * kChunk);
     }
     const int64_t row = s.inputs * 9;
     for (int j = 0; j < kVecs; ++j) {
@@ -316,7 +328,15 @@ static std::vector<Tile> tiles_of(const Picture& p, int64_t dilation) {
 constexpr int64_t kTilesOfWeights = 128;
 
 static Winograd winograd_of(const Convolutions& s, int64_t m, const std::vector<Tile>& tiles) {
-  Winograd w{.in = s.in, .out = s.out, .B = s.B, .groups = s.groups, .inputs = s.inputs, .outputs = s.outputs, .first_input = s.first_input(m), .first_output = 0, .dilation = s.dilation[m]};
+  Winograd w{.in = s.in,
+             .out = s.out,
+             .B = s.B,
+             .groups = s.groups,
+             .inputs = s.inputs,
+             .outputs = s.outputs,
+             .first_input = s.first_input(m),
+             .first_output = 0,
+             .dilation = s.dilation[m]};
   w.tile = tiles.data();
   w.tiles = tiles.size();
   w.images = std::clamp<int64_t>((kTilesOfWeights + w.tiles - 1) / w.tiles, 1, w.B);
@@ -336,7 +356,8 @@ template <class T> static void convolve(Winograd w, const T* x, const Tensor& pa
   w.parts = std::clamp<int64_t>(4 * at::get_num_threads() / (image_groups * w.groups), 1, w.outputs / chunk);
   const int64_t most_channels = (w.outputs / chunk + w.parts - 1) / w.parts * chunk;
   const int64_t picture = w.out.channels_last ? 0 : w.images * w.out.pixels() * most_channels;
-  const int64_t scratch_size = w.plane_size(w.in, w.inputs) + picture +
+  const int64_t scratch_size =
+      w.plane_size(w.in, w.inputs) + picture +
       16 * (position_step(w.span * w.inputs) + position_step(w.inputs * chunk) + position_step(kTilesOfProduct * chunk));
   const auto kernel = chunk == L ? SK_PICK(convolve_tasks<T, 1>) : SK_PICK(convolve_tasks<T, 2>);
   parallel_tasks(image_groups * w.groups * w.parts, scratch_size, [&](float* scratch, int64_t first, int64_t last) {
@@ -353,7 +374,8 @@ void branch_winograd(const Convolutions& s, const Tensor& x, TensorList packed, 
   });
 }
 
-void branch_winograd_backward(const Convolutions& s, const Tensor& x, TensorList weights, TensorList dys, const Tensor& dx, TensorList dweights) {
+void branch_winograd_backward(const Convolutions& s, const Tensor& x, TensorList weights, TensorList dys, const Tensor& dx,
+                              TensorList dweights) {
   const int64_t L = SK_PICK(lanes)();
   dispatch_convolution(x.scalar_type(), [&]<class T>() {
     for (int64_t m = 0; m < s.M; ++m) {
@@ -376,11 +398,13 @@ void branch_winograd_backward(const Convolutions& s, const Tensor& x, TensorList
       // Parts of the batch are summed apart, where there are too few chunks for many threads.
       w.parts = std::clamp<int64_t>((16 + chunks - 1) / chunks, 1, s.B);
       const Tensor partial = at::empty({w.parts == 1 ? 0 : w.parts, w.groups * w.outputs * s.row()}, at::kFloat);
-      const int64_t scratch_size = w.plane_size(w.in, w.inputs) + w.plane_size(w.out, chunk) +
+      const int64_t scratch_size =
+          w.plane_size(w.in, w.inputs) + w.plane_size(w.out, chunk) +
           16 * (position_step(w.span * w.inputs) + position_step(w.span * chunk) + position_step(w.inputs * chunk));
       const auto kernel = chunk == L ? SK_PICK(weight_gradient_tasks<T, 1>) : SK_PICK(weight_gradient_tasks<T, 2>);
       parallel_tasks(w.parts * chunks, scratch_size, [&](float* scratch, int64_t first, int64_t last) {
-        kernel(w, x.const_data_ptr<T>(), dys[m].const_data_ptr<T>(), partial.data_ptr<float>(), dweights[m].data_ptr<T>(), scratch, first, last);
+        kernel(w, x.const_data_ptr<T>(), dys[m].const_data_ptr<T>(), partial.data_ptr<float>(), dweights[m].data_ptr<T>(), scratch, first,
+               last);
       });
       if (w.parts > 1) sum_weight_gradients(s, partial.const_data_ptr<float>(), partial.stride(0), w.parts, dweights[m]);
     }

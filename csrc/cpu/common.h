@@ -26,8 +26,12 @@ InstructionSet instruction_set();
 enum class Activation { relu, leaky_relu, identity, silu };
 
 // Half precision is computed, and every sum taken, in float32; float64 stays float64.
-template <class T> struct AccumulateOf { using type = float; };
-template <> struct AccumulateOf<double> { using type = double; };
+template <class T> struct AccumulateOf {
+  using type = float;
+};
+template <> struct AccumulateOf<double> {
+  using type = double;
+};
 template <class T> using Accumulate = typename AccumulateOf<T>::type;
 
 inline at::ScalarType accumulate_type(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
@@ -121,8 +125,9 @@ inline void check_normalized(at::TensorList ys, const at::Tensor& mean, const at
   check_array(bias, "bias", dtype, shape);
 }
 
-inline void check_select_backward(const at::Tensor& g, at::TensorList ys, const at::Tensor& mean, const at::Tensor& scale, const at::Tensor& bias,
-                                  const at::Tensor& a, const at::Tensor& t, const at::Tensor& p, const at::Tensor& q) {
+inline void check_select_backward(const at::Tensor& g, at::TensorList ys, const at::Tensor& mean, const at::Tensor& scale,
+                                  const at::Tensor& bias, const at::Tensor& a, const at::Tensor& t, const at::Tensor& p,
+                                  const at::Tensor& q) {
   check_normalized(ys, mean, scale, bias);
   check_like(g, "g", ys[0]);
   const int64_t M = ys.size(), B = ys[0].size(0), C = ys[0].size(1);

@@ -62,7 +62,9 @@ struct Attention {
   const Tensor &fc_reduce, &weight, &bias, &mean, &var;
   double eps;
   const Tensor& fc_select;
-  Tensor operator()(const Tensor& s) const { return std::get<0>(attend_cpu(s.contiguous(), fc_reduce, weight, bias, mean, var, eps, fc_select)); }
+  Tensor operator()(const Tensor& s) const {
+    return std::get<0>(attend_cpu(s.contiguous(), fc_reduce, weight, bias, mean, var, eps, fc_select));
+  }
 };
 
 // Where Convolutions::direct().
@@ -75,6 +77,7 @@ Tensor unit_direct(const Convolutions& s, const Tensor& x, TensorList weights, i
 
 // Where Convolutions::winograd(), with packed weights.
 void branch_winograd(const Convolutions& s, const Tensor& x, TensorList packed, TensorList ys);
-void branch_winograd_backward(const Convolutions& s, const Tensor& x, TensorList weights, TensorList dys, const Tensor& dx, TensorList dweights);
+void branch_winograd_backward(const Convolutions& s, const Tensor& x, TensorList weights, TensorList dys, const Tensor& dx,
+                              TensorList dweights);
 
 }  // namespace sk

@@ -25,7 +25,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fold_cpu(const c10::List<std::optiona
     return converted;
   };
   const auto options = means[0].options().dtype(dtype);
-  const Tensor mean = at::empty({M, C}, options), r = at::empty({M, C}, options), scale = at::empty({M, C}, options), bias = at::empty({M, C}, options);
+  const Tensor mean = at::empty({M, C}, options), r = at::empty({M, C}, options), scale = at::empty({M, C}, options),
+               bias = at::empty({M, C}, options);
   const auto fold = [&]<class A>() {
     for (int64_t m = 0, i = 0; m < M; ++m) {
       const Tensor branch_mean = vector(means[m], "means"), var = vector(variances[m], "variances");

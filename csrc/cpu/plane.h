@@ -53,10 +53,12 @@ struct Walk {
 SK_INLINE Vec<float> load_some(const float* p, int64_t n) { return n < kLanes<float> ? load(p, n) : load(p); }
 
 // At most L pixels of at most L channels, a vector each: from and to the channels at `image`, pixel p and on.
-template <class T> SK_INLINE void load_pixels(const T* image, const Picture& s, int64_t p, int64_t pixels, int64_t channels, Vec<float> (&v)[kLanes<float>]) {
+template <class T>
+SK_INLINE void load_pixels(const T* image, const Picture& s, int64_t p, int64_t pixels, int64_t channels, Vec<float> (&v)[kLanes<float>]) {
   constexpr int L = kLanes<float>;
   const T* const from = image + p * (s.channels_last ? s.C : 1);
-  const int64_t step = s.channels_last ? s.C : s.pixels(), rows = s.channels_last ? pixels : channels, columns = s.channels_last ? channels : pixels;
+  const int64_t step = s.channels_last ? s.C : s.pixels(), rows = s.channels_last ? pixels : channels,
+                columns = s.channels_last ? channels : pixels;
   if (s.channels_last)
     for (int i = 0; i < L; ++i) __builtin_prefetch(from + (2 * L + i) * step);
   if (rows == L && columns == L)
@@ -68,10 +70,12 @@ template <class T> SK_INLINE void load_pixels(const T* image, const Picture& s, 
   if (!s.channels_last) transpose(v);
 }
 
-template <class T> SK_INLINE void store_pixels(T* image, const Picture& s, int64_t p, int64_t pixels, int64_t channels, Vec<float> (&v)[kLanes<float>]) {
+template <class T>
+SK_INLINE void store_pixels(T* image, const Picture& s, int64_t p, int64_t pixels, int64_t channels, Vec<float> (&v)[kLanes<float>]) {
   constexpr int L = kLanes<float>;
   T* const to = image + p * (s.channels_last ? s.C : 1);
-  const int64_t step = s.channels_last ? s.C : s.pixels(), rows = s.channels_last ? pixels : channels, columns = s.channels_last ? channels : pixels;
+  const int64_t step = s.channels_last ? s.C : s.pixels(), rows = s.channels_last ? pixels : channels,
+                columns = s.channels_last ? channels : pixels;
   if (!s.channels_last) transpose(v);
   if (s.channels_last)
     for (int i = 0; i < L; ++i) __builtin_prefetch(to + (2 * L + i) * step, 1);

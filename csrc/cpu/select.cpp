@@ -93,8 +93,7 @@ template <class T, class Kernel> SK_INLINE void each_tile(const Branches<T>& v, 
   }
 }
 
-template <class T, Activation kAct>
-void select_range(const Branches<T>& v, const Accumulate<T>* a, T* out, int64_t first, int64_t last) {
+template <class T, Activation kAct> void select_range(const Branches<T>& v, const Accumulate<T>* a, T* out, int64_t first, int64_t last) {
   each_tile(v, Select<T, kAct>{v, a, out}, first, last);
 }
 

@@ -20,7 +20,8 @@ template <class T, Activation kAct, int kSums> struct PooledSums {
 
 // Adds kN vectors, `step` apart, of branch m to `sums`, vector j to sums[j % kU].
 template <class T, Activation kAct, int kSums, bool kWeighted, bool kChannelsLast, int kN, bool kPartial, int kU>
-SK_INLINE void pool(const Branches<T>& v, int64_t at, const T* y, const T* g, int64_t step, int64_t n, PooledSums<T, kAct, kSums> (&sums)[kU]) {
+SK_INLINE void pool(const Branches<T>& v, int64_t at, const T* y, const T* g, int64_t step, int64_t n,
+                    PooledSums<T, kAct, kSums> (&sums)[kU]) {
   using A = Accumulate<T>;
   const Act<A, kAct> act{v.slope};
   const Vec<A> mean = constant<kChannelsLast, kPartial>(v.mean + at, n);
@@ -28,7 +29,8 @@ SK_INLINE void pool(const Branches<T>& v, int64_t at, const T* y, const T* g, in
   const Vec<A> bias = constant<kChannelsLast, kPartial>(v.bias + at, n);
   const Vec<A> one = kPartial ? mask<A>(n) : splat<A>(1);
   for (int j = 0; j < kN; ++j)
-    sums[j % kU].add(load_lanes<kPartial>(y + j * step, n), kWeighted ? load_lanes<kPartial>(g + j * step, n) : one, mean, scale, bias, act);
+    sums[j % kU].add(load_lanes<kPartial>(y + j * step, n), kWeighted ? load_lanes<kPartial>(g + j * step, n) : one, mean, scale, bias,
+                     act);
 }
 
 // Lanes are channels: the sums of channel c stay in `out` (kSums, M, C), and kN pixels at a time are added to them.
@@ -99,7 +101,8 @@ void squeeze_tasks(const Branches<T>& v, const T* g, const Segments& segments, A
       const T* weight = kWeighted ? g + (b * v.HW + start) * v.C : nullptr;
       constexpr int64_t kN = kPixelsAtOnce;
       int64_t pixel = 0;
-      for (; pixel + kN <= pixels; pixel += kN, y += kN * v.C, weight += kN * v.C) pool_pixels<T, kAct, kSums, kWeighted, kN>(v, m, y, weight, sums);
+      for (; pixel + kN <= pixels; pixel += kN, y += kN * v.C, weight += kN * v.C)
+        pool_pixels<T, kAct, kSums, kWeighted, kN>(v, m, y, weight, sums);
       for (; pixel < pixels; ++pixel, y += v.C, weight += v.C) pool_pixels<T, kAct, kSums, kWeighted, 1>(v, m, y, weight, sums);
     }
   }
