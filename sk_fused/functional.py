@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from . import backends, synchronize
 from .backends import reference
 from .backends.reference import accumulate_dtype
+
+if TYPE_CHECKING:
+    # A build of PyTorch may be without it.
+    from torch.distributed import ProcessGroup
 
 ACTIVATIONS = ("relu", "leaky_relu", "identity", "silu")
 
@@ -340,10 +343,10 @@ class _SelectiveKernel(torch.autograd.Function):
         if torch.is_grad_enabled():
             return None, None, None, None, None, *_differentiable(_SelectiveKernel, ctx.call, [*norms, attn_norm], g, leaves, needs)
         training, group = norms[0].training, norms[0].group
-        attn, weights, biases, tensors = _parted(leaves, len(norms))
+        attn, _, _, tensors = _parted(leaves, len(norms))
         ys = rest[len(needs) :] if convolution else _in_one_layout(tensors)
         g = g.contiguous(memory_format=_layout(ys[0]))
-        B, _, H, W = g.shape
+        *_, H, W = g.shape
         count, images = ctx.counts
 
         # The reducing pass: Σ g·u is the gradient of a.

@@ -1,5 +1,7 @@
 """Drop-ins for timm's SelectiveKernel and SelectiveKernelAttn: the same arguments, parameters, checkpoints and numbers."""
 
+from __future__ import annotations
+
 import copy
 import functools
 from collections.abc import Callable, Sequence

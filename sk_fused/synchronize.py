@@ -1,5 +1,7 @@
 """What a batch-norm over the batch of several processes (SyncBatchNorm) adds: the moments and the sums of all of them."""
 
+from __future__ import annotations
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
