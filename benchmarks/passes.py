@@ -66,6 +66,9 @@ def _attention(passes: int) -> Callable[[Inputs], tuple[int, int]]:
 
 # A new operator of the backends is a new line here.
 PASSES: dict[str, Pass] = {
+    "fold": Pass(
+        lambda b, i: b.fold([*i.scale], [*i.bias], [*i.mean], [*i.mean.abs()], 1e-5, i.scale.dtype), small=lambda i: (8 * i.M * i.C, 4 * i.M * i.C)
+    ),
     "branch_statistics": Pass(lambda b, i: b.branch_statistics(i.ys), lambda M: M, 4),
     "squeeze, eval": Pass(lambda b, i: b.squeeze(i.ys, *i.branch, *i.act, 1), lambda M: M, 5),
     "squeeze, training": Pass(lambda b, i: b.squeeze(i.ys, *i.branch, *i.act, 3), lambda M: M, 8),
