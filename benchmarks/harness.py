@@ -2,6 +2,7 @@
 best, and the record of it all. A benchmark supplies its set-up and its table; nothing is timed outside this file."""
 
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -318,6 +319,17 @@ class Benchmark(NamedTuple):
         return self.doc.split(":")[0]
 
 
+def keep_memory() -> None:
+    """Freed memory stays with the process, as it does in one that has run for a while: whether glibc has already learnt to
+    keep large blocks differs from run to run, and the page faults of new ones can double the time of an eager module."""
+    if sys.platform == "linux":
+        trim_threshold, mmap_threshold = -1, -3
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(mmap_threshold, 32 << 20)
+            libc.mallopt(trim_threshold, 2**31 - 1)
+
+
 def command(benchmark: Benchmark, argv: Sequence[str] | None = None) -> Path:
     """The command line of a benchmark: measures, shows the table, writes JSON and PNG. Ends with an error where a side of
     ours failed its parity check."""
@@ -338,6 +350,7 @@ def command(benchmark: Benchmark, argv: Sequence[str] | None = None) -> Path:
             parser.error("--precision tf32 needs a GPU")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     settings = {name: _plain(value) for name, value in vars(arguments).items() if name != "results"}
+    keep_memory()
     arguments.ceilings = ceilings(arguments.device, arguments.precision)
     rows = list(benchmark.rows(arguments))
     result = {"environment": environment(arguments.device), "settings": settings, "ceilings": arguments.ceilings, "rows": rows}
