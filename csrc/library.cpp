@@ -1,6 +1,5 @@
 // The native operators: the one list of what is native. Shapes: ys are M branches (B, C, H, W); mean, scale, bias, p, q
-// are (M, C), a and what squeeze returns
-// are (B, M, C), s and t are (B, C). sk_fused/functional.py says what each is for.
+// are (M, C), a and what squeeze returns are (B, M, C), s and t are (B, C). sk_fused/functional.py says what each is for.
 #include <torch/extension.h>
 #include <torch/library.h>
 

@@ -13,7 +13,7 @@ from sk_fused.functional import ACTIVATIONS
 
 from . import parity
 from .parity import LAYOUTS
-from .test_operators import flat, run_python
+from .test_operators import assert_passes_with, flat
 
 # x channels, output channels, groups; B, H, W; stride; dilations. Direct: small groups, clusters that the channels do not
 # fill, rows of whole and of broken tiles. Winograd: dense and grouped, whole and split, odd maps, maps below a tile.
@@ -257,12 +257,7 @@ def test_training_between_two_evals_is_not_forgotten():
 
 @pytest.mark.parametrize("isa", ["base", "avx2"])
 def test_every_instruction_set_matches_pytorch(isa: str):
-    used = run_python("-c", "import sk_fused.backends.native as n; print(n._C.instruction_set())", SK_FUSED_ISA=isa).stdout.strip()
-    if used != isa:
-        pytest.skip(f"this processor has no {isa}")
-    run = run_python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "match_pytorch and not instruction_set", SK_FUSED_ISA=isa)
-    assert run.returncode == 0, run.stdout
-    assert " passed" in run.stdout and "failed" not in run.stdout
+    assert_passes_with(isa, __file__, "match_pytorch")
 
 
 def test_a_backend_that_does_not_take_them_says_why():

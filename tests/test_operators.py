@@ -258,16 +258,19 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
     return subprocess.run([sys.executable, *arguments], env={**os.environ, **environment}, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("isa", ["base", "avx2"])
-def test_every_instruction_set_matches_reference(isa: str):
-    """The tests above, in a process that is held to this instruction set."""
-    code = "import sk_fused.backends.native as n; print(n._C.instruction_set())"
-    used = run_python("-c", code, SK_FUSED_ISA=isa).stdout.strip()
+def assert_passes_with(isa: str, file: str, which: str) -> None:
+    """The tests of this file that `which` selects, in a process that is held to this instruction set."""
+    used = run_python("-c", "import sk_fused.backends.native as n; print(n._C.instruction_set())", SK_FUSED_ISA=isa).stdout.strip()
     if used != isa:
         pytest.skip(f"this processor has no {isa}")
-    run = run_python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "reference and not instruction_set", SK_FUSED_ISA=isa)
+    run = run_python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", f"{which} and not instruction_set", SK_FUSED_ISA=isa)
     assert run.returncode == 0, run.stdout
     assert " passed" in run.stdout and "failed" not in run.stdout
+
+
+@pytest.mark.parametrize("isa", ["base", "avx2"])
+def test_every_instruction_set_matches_reference(isa: str):
+    assert_passes_with(isa, __file__, "reference")
 
 
 def test_unknown_instruction_set_is_refused():
