@@ -42,7 +42,10 @@ class Inputs:
         self.s, self.t, self.reduced, self.da = draw(batch, C), draw(batch, C), draw(batch, D), draw(batch, M, C)
         self.fc_reduce, self.fc_select, self.weight, self.shift = draw(D, C), draw(M * C, D), draw(D, low=0.5), draw(D)
         self.running_mean, self.running_var = draw(D), draw(D, low=0.5)
-        self.branch = self.mean, self.scale, self.bias
+        self.K1, self.K2, self.R1, self.R2 = (draw(batch, M, C, low=0) for _ in range(4))
+        self.pixels, self.branch = size * size, (self.mean, self.scale, self.bias)
+        self.norms = [*self.scale], [*self.bias], [*self.mean], [*draw(M, C, low=0.5)], 1e-5
+        self.attention = self.fc_reduce, self.weight, self.shift, self.running_mean, self.running_var, 1e-5
         self.act = "relu", 0.0
 
 
@@ -66,34 +69,29 @@ def _attention(passes: int) -> Callable[[Inputs], tuple[int, int]]:
 
 # A new operator of the backends is a new line here.
 PASSES: dict[str, Pass] = {
-    "fold": Pass(
-        lambda b, i: b.fold([*i.scale], [*i.bias], [*i.mean], [*i.mean.abs()], 1e-5, i.scale.dtype), small=lambda i: (8 * i.M * i.C, 4 * i.M * i.C)
-    ),
     "branch_statistics": Pass(lambda b, i: b.branch_statistics(i.ys), lambda M: M, 4),
-    "squeeze, eval": Pass(lambda b, i: b.squeeze(i.ys, *i.branch, *i.act, 1), lambda M: M, 5),
-    "squeeze, training": Pass(lambda b, i: b.squeeze(i.ys, *i.branch, *i.act, 3), lambda M: M, 8),
+    "squeeze, eval": Pass(lambda b, i: b.squeeze(i.ys, *i.norms, *i.act, 1), lambda M: M, 5),
+    "squeeze, training": Pass(lambda b, i: b.squeeze(i.ys, *i.norms, *i.act, 3), lambda M: M, 8),
     "attend": Pass(
-        lambda b, i: b.attend(i.s, i.fc_reduce, i.weight, i.shift, i.running_mean, i.running_var, 1e-5, i.fc_select), small=_attention(1)
+        lambda b, i: b.attend(i.K1, i.pixels, *i.attention, *i.act, i.fc_select, None), small=_attention(1)
     ),
     "select": Pass(lambda b, i: b.select(i.ys, *i.branch, i.a, *i.act), lambda M: M + 1, 6),
-    "squeeze, weighted by g": Pass(lambda b, i: b.squeeze(i.ys, *i.branch, *i.act, 3, i.g), lambda M: M + 1, 10),
+    "select_backward_sums": Pass(lambda b, i: b.select_backward_sums(i.g, i.ys, *i.branch, *i.act), lambda M: M + 1, 10),
     "attend_backward": Pass(
-        lambda b, i: b.attend_backward(
-            i.da, i.a, i.s, i.reduced, i.fc_reduce, i.weight, i.shift, i.running_mean, i.running_var, 1e-5, True, i.fc_select
-        ),
-        small=_attention(2),
+        lambda b, i: b.attend_backward(i.da, i.a, i.s, i.reduced, *i.attention, True, *i.act, i.fc_select), small=_attention(2)
+    ),
+    "fold_backward": Pass(
+        lambda b, i: b.fold_backward(i.a, i.s, i.pixels, i.R1, i.R2, i.K1, i.K2, i.scale, i.scale, i.B * i.pixels),
+        small=lambda i: (5 * i.B * i.M * i.C + 2 * i.B * i.C, 8 * i.B * i.M * i.C),
     ),
     "select_backward": Pass(lambda b, i: b.select_backward(i.g, i.ys, *i.branch, i.a, i.t, i.p, i.q, *i.act), lambda M: 2 * M + 1, 11),
     "convolutions": Pass(lambda b, i: [conv(x) for conv, x in zip(i.convolutions, i.xs)], lambda M: M, 0, 1, 1, backends=("reference",)),
     "branch": Pass(lambda b, i: b.branch(*i.convolved), lambda M: M, 4, 1, 1),
     "branch_backward": Pass(
-        lambda b, i: b.branch_backward(i.g, *i.convolved, i.ys, *i.branch, i.a, i.t, i.p, i.q, *i.act), lambda M: M + 1, 11, 2, 2
+        lambda b, i: b.branch_backward(i.g, *i.convolved, i.ys, *i.branch, i.a, i.t, i.p, i.q, *i.act, (True, True)), lambda M: M + 1, 11, 2, 2
     ),
     "unit": Pass(
-        lambda b, i: b.unit(
-            *i.convolved, *i.branch, i.fc_reduce, i.weight, i.shift, i.running_mean, i.running_var, 1e-5, i.fc_select, *i.act
-        ),
-        lambda M: 1, 11, 1, 1,
+        lambda b, i: b.unit(*i.convolved, *i.norms, *i.attention, i.fc_select, *i.act), lambda M: 1, 11, 1, 1
     ),
 }
 

@@ -1,5 +1,5 @@
 // The native operators: the one list of what is native. Shapes: ys are M branches (B, C, H, W); mean, scale, bias, p, q
-// are (M, C), a and what squeeze returns are (B, M, C), s and t are (B, C). sk_fused/functional.py says what each is for.
+// are (M, C); a, K, da, R1 and R2 are (B, M, C); s and t are (B, C). sk_fused/backends/reference.py says what each does.
 #include <torch/extension.h>
 #include <torch/library.h>
 
@@ -9,33 +9,40 @@
 static const std::vector<at::Tag> kTags = {at::Tag::pt2_compliant_tag, at::Tag::needs_exact_strides};
 
 TORCH_LIBRARY(sk_fused, m) {
-  m.def(
-      "fold(Tensor?[] weights, Tensor?[] biases, Tensor[] means, Tensor[] variances, float eps, ScalarType dtype)"
-      " -> (Tensor mean, Tensor r, Tensor scale, Tensor bias)",
-      kTags);
   m.def("branch_statistics(Tensor[] ys) -> (Tensor mean, Tensor var)", kTags);
   m.def("branch(Tensor x, Tensor[] weights, int stride, int[] dilations, int groups) -> (Tensor[] ys, Tensor mean, Tensor var)", kTags);
   m.def(
       "branch_backward(Tensor g, Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, Tensor[] ys, Tensor mean, Tensor scale,"
-      " Tensor bias, Tensor a, Tensor t, Tensor p, Tensor q, str activation, float negative_slope) -> (Tensor dx, Tensor[] dweights)",
+      " Tensor bias, Tensor a, Tensor t, Tensor p, Tensor q, str activation, float negative_slope, bool[2] needs)"
+      " -> (Tensor dx, Tensor[] dweights)",
       kTags);
   m.def(
-      "unit(Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, Tensor mean, Tensor scale, Tensor bias, Tensor fc_reduce,"
-      " Tensor attn_weight, Tensor attn_bias, Tensor attn_mean, Tensor attn_var, float attn_eps, Tensor fc_select, str activation,"
-      " float negative_slope) -> Tensor",
+      "unit(Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, Tensor?[] norm_weights, Tensor?[] norm_biases, Tensor[] means,"
+      " Tensor[] variances, float eps, Tensor fc_reduce, Tensor? attn_weight, Tensor? attn_bias, Tensor attn_mean, Tensor attn_var,"
+      " float attn_eps, Tensor fc_select, str activation, float negative_slope) -> Tensor",
       kTags);
   m.def(
-      "squeeze(Tensor[] ys, Tensor mean, Tensor scale, Tensor bias, str activation, float negative_slope, int sums, Tensor? g=None) -> Tensor[]",
+      "squeeze(Tensor[] ys, Tensor?[] norm_weights, Tensor?[] norm_biases, Tensor[] means, Tensor[] variances, float eps, str activation,"
+      " float negative_slope, int sums) -> (Tensor mean, Tensor r, Tensor scale, Tensor bias, Tensor pooled, Tensor[] K)",
       kTags);
   m.def(
-      "attend(Tensor s, Tensor fc_reduce, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, Tensor fc_select)"
-      " -> (Tensor a, Tensor reduced, Tensor mean, Tensor var)",
+      "attend(Tensor pooled, SymInt pixels, Tensor fc_reduce, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, str activation,"
+      " float negative_slope, Tensor fc_select, Tensor? select_bias) -> (Tensor a, Tensor s, Tensor reduced, Tensor mean, Tensor var)",
+      kTags);
+  m.def("select(Tensor[] ys, Tensor mean, Tensor scale, Tensor bias, Tensor a, str activation, float negative_slope) -> Tensor", kTags);
+  m.def(
+      "select_backward_sums(Tensor g, Tensor[] ys, Tensor mean, Tensor scale, Tensor bias, str activation, float negative_slope)"
+      " -> (Tensor da, Tensor R1, Tensor R2)",
       kTags);
   m.def(
       "attend_backward(Tensor da, Tensor a, Tensor s, Tensor reduced, Tensor fc_reduce, Tensor? weight, Tensor? bias, Tensor mean,"
-      " Tensor var, float eps, bool training, Tensor fc_select) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+      " Tensor var, float eps, bool training, str activation, float negative_slope, Tensor fc_select)"
+      " -> (Tensor ds, Tensor dfc_reduce, Tensor dweight, Tensor dbias, Tensor dfc_select, Tensor dselect_bias)",
       kTags);
-  m.def("select(Tensor[] ys, Tensor mean, Tensor scale, Tensor bias, Tensor a, str activation, float negative_slope) -> Tensor", kTags);
+  m.def(
+      "fold_backward(Tensor a, Tensor ds, SymInt pixels, Tensor R1, Tensor R2, Tensor K1, Tensor K2, Tensor r, Tensor scale, SymInt count)"
+      " -> (Tensor t, Tensor dweight, Tensor dbias, Tensor p, Tensor q)",
+      kTags);
   m.def(
       "select_backward(Tensor g, Tensor[] ys, Tensor mean, Tensor scale, Tensor bias, Tensor a, Tensor t, Tensor p, Tensor q,"
       " str activation, float negative_slope) -> Tensor[]",
@@ -43,15 +50,16 @@ TORCH_LIBRARY(sk_fused, m) {
 }
 
 TORCH_LIBRARY_IMPL(sk_fused, CPU, m) {
-  m.impl("fold", sk::fold_cpu);
   m.impl("branch_statistics", sk::branch_statistics_cpu);
   m.impl("branch", sk::branch_cpu);
   m.impl("branch_backward", sk::branch_backward_cpu);
   m.impl("unit", sk::unit_cpu);
   m.impl("squeeze", sk::squeeze_cpu);
   m.impl("attend", sk::attend_cpu);
-  m.impl("attend_backward", sk::attend_backward_cpu);
   m.impl("select", sk::select_cpu);
+  m.impl("select_backward_sums", sk::select_backward_sums_cpu);
+  m.impl("attend_backward", sk::attend_backward_cpu);
+  m.impl("fold_backward", sk::fold_backward_cpu);
   m.impl("select_backward", sk::select_backward_cpu);
 }
 

@@ -242,8 +242,8 @@ def attend(s: Tensor, fc_reduce: Tensor, attn_norm: BatchNorm, fc_select: Tensor
         raise ValueError(f"s: expected shape (B, C), got {tuple(s.shape)}")
     _check_attention(s, s.shape[1], fc_reduce, fc_select)
     attn_norm.check("attn_norm", (s.shape[0], fc_reduce.shape[0], 1, 1), s.device)
-    x = s.to(accumulate_dtype(s.dtype)).contiguous()
-    a, *moments = _apply(_Attend, backends.choose([s]), attn_norm, x, fc_reduce, attn_norm.weight, attn_norm.bias, fc_select)
+    pooled = s[:, None].to(accumulate_dtype(s.dtype)).contiguous()
+    a, *moments = _apply(_Attend, backends.choose([s]), attn_norm, pooled, fc_reduce, attn_norm.weight, attn_norm.bias, fc_select)
     if attn_norm.training:
         _move_running_statistics([(attn_norm, *moments)])
     return a.to(s.dtype)
@@ -256,21 +256,25 @@ def _apply(function: type[torch.autograd.Function], backend: ModuleType, *args):
     return function.forward(None, backend, *args)
 
 
-def _attend(backend: ModuleType, norm: BatchNorm, s: Tensor, fc_reduce, weight, bias, fc_select):
-    """a, the reduced descriptor, the mean and variance used and of how many images they are."""
-    mean, var, images = None, None, s.shape[0]
+# The activation between the attention's two products, with its negative slope.
+_HIDDEN = "relu", 0.0
+
+
+def _attend(backend: ModuleType, norm: BatchNorm, pooled: Tensor, pixels: int, fc_reduce, weight, bias, fc_select):
+    """a, s, the reduced descriptor, the mean and variance used and of how many images they are."""
+    mean, var, images = None, None, pooled.shape[0]
     if not norm.training:
         mean, var = norm.running_mean, norm.running_var
     elif norm.group is not None:
-        *_, mean, var = backend.attend(s, fc_reduce, weight, bias, None, None, norm.eps, fc_select)
+        *_, mean, var = backend.attend(pooled, pixels, fc_reduce, weight, bias, None, None, norm.eps, *_HIDDEN, fc_select, None)
         mean, var, images = synchronize.joined_moments(mean, var, images, norm.group)
-    return *backend.attend(s, fc_reduce, weight, bias, mean, var, norm.eps, fc_select), images
+    return *backend.attend(pooled, pixels, fc_reduce, weight, bias, mean, var, norm.eps, *_HIDDEN, fc_select, None), images
 
 
 def _attend_backward(backend: ModuleType, norm: BatchNorm, da, a, s, reduced, mean, var, images, fc_reduce, weight, bias, fc_select):
     """The gradients of s, fc_reduce, weight, bias and fc_select."""
     alone = norm.training and norm.group is None
-    gradients = backend.attend_backward(da, a, s, reduced, fc_reduce, weight, bias, mean, var, norm.eps, alone, fc_select)
+    *gradients, _ = backend.attend_backward(da, a, s, reduced, fc_reduce, weight, bias, mean, var, norm.eps, alone, *_HIDDEN, fc_select)
     if alone or not norm.training:
         return gradients
     # What the gradients owe to the statistics, which are those of all processes.
@@ -293,7 +297,6 @@ class _SelectiveKernel(torch.autograd.Function):
         needs_grad = ctx is not None and any(ctx.needs_input_grad)
         training, group = norms[0].training, norms[0].group
         attn, weights, biases, tensors = _parted(leaves, len(norms))
-        dtype = accumulate_dtype(tensors[0].dtype)
         means, variances = [norm.running_mean for norm in norms], [norm.running_var for norm in norms]
         if convolution is None:
             ys = _in_one_layout(tensors)
@@ -302,8 +305,10 @@ class _SelectiveKernel(torch.autograd.Function):
         else:
             (x,), kernels = _in_one_layout(tensors[:1]), _in_one_layout(tensors[1:])
             if ctx is None and not training and not attn_norm.training:
-                mean, _, scale, bias = backend.fold(weights, biases, means, variances, norms[0].eps, dtype)
-                return backend.unit(x, kernels, *convolution, mean, scale, bias, *_unit_attention(attn_norm, *attn), *act),
+                branch_norms = weights, biases, means, variances, norms[0].eps
+                fc_reduce, *affine, fc_select = attn
+                attention = fc_reduce, *affine, attn_norm.running_mean, attn_norm.running_var, attn_norm.eps, fc_select
+                return backend.unit(x, kernels, *convolution, *branch_norms, *attention, *act),
             ys, *statistics = backend.branch(x, kernels, *convolution)
             if training:
                 means, variances = statistics
@@ -315,11 +320,10 @@ class _SelectiveKernel(torch.autograd.Function):
                 means, variances, count = synchronize.joined_moments(means, variances, count, group)
             trained.append((means, variances, count))
             means, variances = means.unbind(), variances.unbind()
-        mean, r, scale, bias = backend.fold(weights, biases, means, variances, norms[0].eps, dtype)
         # The second and third sum serve the backward.
-        pooled, *K = backend.squeeze(ys, mean, scale, bias, *act, 3 if needs_grad else 1)
-        s = pooled.sum(1) / (H * W)
-        a, reduced, attn_mean, attn_var, images = _attend(backend, attn_norm, s, *attn)
+        sums = 3 if needs_grad else 1
+        mean, r, scale, bias, pooled, K = backend.squeeze(ys, weights, biases, means, variances, norms[0].eps, *act, sums)
+        a, s, reduced, attn_mean, attn_var, images = _attend(backend, attn_norm, pooled, H * W, *attn)
         v = backend.select(ys, mean, scale, bias, a, *act)
         if attn_norm.training:
             trained.append((attn_mean, attn_var, images))
@@ -350,27 +354,26 @@ class _SelectiveKernel(torch.autograd.Function):
         count, images = ctx.counts
 
         # The reducing pass: Σ g·u is the gradient of a.
-        da, R1, R2 = backend.squeeze(ys, mean, scale, bias, *act, 3, g)
+        da, R1, R2 = backend.select_backward_sums(g, ys, mean, scale, bias, *act)
         ds, *dattn = _attend_backward(backend, attn_norm, da, a, s, reduced, attn_mean, attn_var, images, *attn)
-        t = ds / (H * W)
-        # Σ dz and Σ dz·(y − mean) over the batch and the pixels, from dz = act'(z)·(a·g + t).
-        dbias, dscale = (torch.addcmul(a * R, t[:, None], K).sum(0) for R, K in ((R1, K1), (R2, K2)))
-        dweight = r * dscale
+        alone = training and group is None
+        t, dweight, dbias, p, q = backend.fold_backward(a, ds, H * W, R1, R2, K1, K2, r, scale, count if alone else 0)
 
         # The writing pass.
         dtensors = [None] * len(tensors)
         if any(needs[-len(tensors) :]):
-            p = q = torch.zeros_like(scale)
-            if training:
-                p, q = (dbias, dweight) if group is None else synchronize.summed(torch.stack([dbias, dweight]), group)
+            if training and not alone:
+                total_dbias, total_dweight = synchronize.summed(torch.stack([dbias, dweight]), group)
                 share = scale / count
-                p, q = share * p, share * r * q
+                p, q = share * total_dbias, share * r * total_dweight
             if convolution is None:
                 dtensors = backend.select_backward(g, ys, mean, scale, bias, a, t, p, q, *act)
             else:
                 (x,), kernels = _in_one_layout(tensors[:1]), _in_one_layout(tensors[1:])
-                dx, dkernels = backend.branch_backward(g, x, kernels, *convolution, ys, mean, scale, bias, a, t, p, q, *act)
-                dtensors = dx, *dkernels
+                needs_x, *needs_kernels = needs[-len(tensors) :]
+                wanted = [needs_x, any(needs_kernels)]
+                dx, dkernels = backend.branch_backward(g, x, kernels, *convolution, ys, mean, scale, bias, a, t, p, q, *act, wanted)
+                dtensors = dx, *(dkernels or [None] * len(kernels))
         gradients = *dattn, *dweight, *dbias, *dtensors
         return None, None, None, None, None, *(gradient if need else None for gradient, need in zip(gradients, needs))
 
@@ -378,13 +381,6 @@ class _SelectiveKernel(torch.autograd.Function):
 def _parted(leaves: Sequence[Tensor | None], M: int) -> tuple[Sequence[Tensor | None], ...]:
     """Those of the attention; the weights and the biases of the branches' batch-norms; the branches, or what makes them."""
     return leaves[:4], leaves[4 : 4 + M], leaves[4 + M : 4 + 2 * M], leaves[4 + 2 * M :]
-
-
-def _unit_attention(norm: BatchNorm, fc_reduce: Tensor, weight: Tensor | None, bias: Tensor | None, fc_select: Tensor) -> tuple:
-    """What a backend's `unit` takes of the attention."""
-    weight = torch.ones_like(norm.running_mean) if weight is None else weight
-    bias = torch.zeros_like(norm.running_mean) if bias is None else bias
-    return fc_reduce, weight, bias, norm.running_mean, norm.running_var, norm.eps, fc_select
 
 
 def _differentiable(function, call, norms, g, leaves, needs) -> list[Tensor | None]:
@@ -400,16 +396,17 @@ def _differentiable(function, call, norms, g, leaves, needs) -> list[Tensor | No
 
 
 class _Attend(torch.autograd.Function):
-    """a; mean and unbiased variance of the batch if they are used. `leaves`: s, fc_reduce, weight and bias of norm, fc_select."""
+    """a; mean and unbiased variance of the batch if they are used. `leaves`: s as (B, 1, C), fc_reduce, weight and bias of norm,
+    fc_select."""
 
     @staticmethod
     def forward(ctx, backend, norm, *leaves):
-        s, *attn = leaves
-        a, reduced, mean, var, images = _attend(backend, norm, s, *attn)
+        pooled, *attn = leaves
+        a, s, reduced, mean, var, images = _attend(backend, norm, pooled, 1, *attn)
         moments = _unbiased([(mean, var, images)] if norm.training else [])
         if ctx is not None:
             ctx.backend, ctx.norm, ctx.images = backend, norm, images
-            ctx.save_for_backward(a, reduced, mean, var, *leaves)
+            ctx.save_for_backward(a, s, reduced, mean, var, *leaves)
             ctx.mark_non_differentiable(*moments)
             ctx.set_materialize_grads(False)
         return a, *moments
@@ -419,11 +416,12 @@ class _Attend(torch.autograd.Function):
         if da is None:
             return (None,) * len(ctx.needs_input_grad)
         backend, norm, needs = ctx.backend, ctx.norm, ctx.needs_input_grad[2:]
-        a, reduced, mean, var, *leaves = ctx.saved_tensors
+        a, s, reduced, mean, var, *leaves = ctx.saved_tensors
         if torch.is_grad_enabled():
             return None, None, *_differentiable(_Attend, (norm,), [norm], da, leaves, needs)
-        s, *attn = leaves
-        gradients = _attend_backward(backend, norm, da.contiguous(), a, s, reduced, mean, var, ctx.images, *attn)
+        _, *attn = leaves
+        ds, *dattn = _attend_backward(backend, norm, da.contiguous(), a, s, reduced, mean, var, ctx.images, *attn)
+        gradients = ds[:, None], *dattn
         return None, None, *(gradient if need else None for gradient, need in zip(gradients, needs))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import sk_fused
 from sk_fused.backends import native
 
+from . import test_convolutions, test_operators
 from .parity import LAYOUTS, assert_parity, assert_within, batches, freeze, pair
 
 # The two roads: convolutions of PyTorch's, and of the package's own.
@@ -115,7 +116,7 @@ def test_operators_get_the_strides_they_were_traced_with():
         assert torch.Tag.needs_exact_strides in getattr(torch.ops.sk_fused, name).default.tags, name
 
 
-OPERATORS = ("fold", "branch", "branch_backward", "unit", "branch_statistics", "squeeze", "attend", "attend_backward", "select", "select_backward")
+OPERATORS = (*test_operators.OPERATORS, *test_convolutions.OPERATORS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -130,13 +131,14 @@ def test_opcheck(dtype: torch.dtype, layout: str):
     weight, attn_bias, attn_mean, attn_var = torch.rand(4, D)
     fc_reduce, fc_select = torch.randn(D, C, 1, 1, dtype=dtype), torch.randn(M * C, D, 1, 1, dtype=dtype)
     convolution = weights, 2, [1, 2], 4
+    norms = [None, weight[:1].expand(C)], [torch.randn(C, dtype=dtype), None], [*mean.to(dtype)], [*var], 1e-5
     ys = [torch.randn(B, C, 4, 3).to(dtype=dtype, memory_format=LAYOUTS[layout]) for _ in range(M)]
     for operator, arguments in {
-        native.fold: ([None, weight[:1].expand(C)], [torch.randn(C, dtype=dtype), None], [*mean.to(dtype)], [*var], 1e-5, torch.float32),
+        native.squeeze: (ys, *norms, *act, 3),
         native.branch: (x, *convolution),
-        native.branch_backward: (ys[0] + 1, x, *convolution, ys, mean, scale, bias, a, t, p, q, *act),
-        native.unit: (x, *convolution, mean, scale, bias, fc_reduce, weight, attn_bias, attn_mean, attn_var, 1e-5, fc_select, *act),
-        native.attend: (s, fc_reduce, None, attn_bias.to(dtype), None, None, 1e-5, fc_select),
-        native.attend_backward: (da, a, s, s @ fc_reduce.flatten(1).float().t(), fc_reduce, weight, None, attn_mean, attn_var, 1e-5, True, fc_select),
+        native.branch_backward: (ys[0] + 1, x, *convolution, ys, mean, scale, bias, a, t, p, q, *act, (True, False)),
+        native.unit: (x, *convolution, *norms, fc_reduce, weight, None, attn_mean, attn_var, 1e-5, fc_select, *act),
+        native.attend: (s[:, None], 1, fc_reduce, None, attn_bias.to(dtype), None, None, 1e-5, *act, fc_select, None),
+        native.attend_backward: (da, a, s, s @ fc_reduce.flatten(1).float().t(), fc_reduce, weight, None, attn_mean, attn_var, 1e-5, True, *act, fc_select),
     }.items():
         torch.library.opcheck(operator, arguments)

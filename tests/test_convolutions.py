@@ -48,11 +48,12 @@ def operands(case: str, dtype: torch.dtype = torch.float32, layout: str = "conti
     ys = [torch.randn(B, C, (H - 1) // stride + 1, (W - 1) // stride + 1).to(dtype=dtype, memory_format=LAYOUTS[layout]) for _ in dilations]
     mean, scale, bias, p, q = 0.1 * torch.randn(5, M, C)
     scale, a, t = 1 + scale, torch.randn(B, M, C).softmax(1), torch.randn(B, C)
+    norms = [*scale], [*bias], [*mean], [*(0.5 + torch.rand(M, C))], 1e-5
     attn = torch.randn(D, C) / C**0.5, *torch.rand(4, D), 1e-5, torch.randn(M * C, D)
     return {
         "branch": convolution,
-        "branch_backward": (torch.randn_like(ys[0]), *convolution, ys, mean, scale, bias, a, t, p, q, activation, 0.1),
-        "unit": (*convolution, mean, scale, bias, *attn, activation, 0.1),
+        "branch_backward": (torch.randn_like(ys[0]), *convolution, ys, mean, scale, bias, a, t, p, q, activation, 0.1, (True, True)),
+        "unit": (*convolution, *norms, *attn, activation, 0.1),
     }
 
 
@@ -69,7 +70,7 @@ def cast(value, dtype: torch.dtype):
 
 
 def results(backend, name: str, arguments: tuple) -> list[Tensor]:
-    return [tensor for result in flat(getattr(backend, name)(*arguments)) for tensor in (result if isinstance(result, list) else [result])]
+    return flat(getattr(backend, name)(*arguments))
 
 
 def assert_matches_pytorch(name: str, arguments: tuple) -> None:
@@ -84,6 +85,17 @@ def assert_matches_pytorch(name: str, arguments: tuple) -> None:
 def test_convolutions_match_pytorch(case: str, dtype: torch.dtype, layout: str):
     for name in OPERATORS:
         assert_matches_pytorch(name, operands(case, dtype, layout)[name])
+
+
+@pytest.mark.parametrize("case", ["4 a group", "dense, split"])
+def test_gradients_that_are_not_needed_are_not_computed(case: str):
+    *arguments, _ = operands(case)["branch_backward"]
+    dx, dweights = native.branch_backward(*arguments, (True, True))
+    for needs in ((True, False), (False, True), (False, False)):
+        some_dx, some_dweights = native.branch_backward(*arguments, needs)
+        assert torch.equal(some_dx, dx if needs[0] else dx.new_empty(0))
+        assert len(some_dweights) == (len(dweights) if needs[1] else 0)
+        assert all(torch.equal(some, every) for some, every in zip(some_dweights, dweights))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

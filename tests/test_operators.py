@@ -16,7 +16,12 @@ from sk_fused.functional import ACTIVATIONS
 from . import parity
 from .parity import DTYPES, LAYOUTS
 
-OPERATORS = ("branch_statistics", "squeeze", "attend", "attend_backward", "select", "select_backward")
+OPERATORS = ("branch_statistics", "squeeze", "attend", "select", "select_backward_sums", "attend_backward", "fold_backward", "select_backward")
+# Those that read branches.
+PASSES = ("branch_statistics", "squeeze", "select", "select_backward_sums", "select_backward")
+
+# Those of the attention's hidden layer.
+HIDDEN = ("relu", "leaky_relu", "identity")
 
 # M, B, C, H, W: odd sizes, 1 × 1 maps, channels below, at and beyond a vector of any instruction set, pixels beyond a segment.
 SHAPES = [(2, 3, 5, 7, 9), (1, 2, 16, 4, 4), (3, 1, 33, 1, 1), (4, 2, 19, 3, 5), (2, 1, 3, 67, 65), (2, 2, 40, 31, 29), (2, 2, 1, 3, 3)]
@@ -31,17 +36,22 @@ def operands(shape: Sequence[int], dtype: torch.dtype, layout: str = "contiguous
     g = torch.randn(B, C, H, W).to(dtype=dtype, memory_format=LAYOUTS[layout])
     mean, scale, bias, p, q = torch.randn(5, M, C, **small)
     s, t = torch.randn(2, B, C, **small)
-    fc_reduce, fc_select = torch.randn(D, C, **small), torch.randn(M * C, D, **small)
+    pooled, R1, R2, K1, K2 = torch.randn(5, B, M, C, **small)
+    var = torch.rand(M, C, **small) + 0.1
+    fc_reduce, fc_select, select_bias = torch.randn(D, C, **small), torch.randn(M * C, D, **small), torch.randn(M * C, **small)
     weight, attn_bias, attn_mean, attn_var = torch.randn(4, D, **small)
     attn_var = attn_var.square() + 0.1
     a, da = torch.randn(B, M, C, **small).softmax(1), torch.randn(B, M, C, **small)
     act = activation, 0.1
+    hidden = activation if activation in HIDDEN else "relu", 0.1
     return {
         "branch_statistics": (ys,),
-        "squeeze": (ys, mean, scale, bias, *act, 3, g),
-        "attend": (s, fc_reduce, weight, attn_bias, attn_mean, attn_var, 1e-5, fc_select),
-        "attend_backward": (da, a, s, s @ fc_reduce.t(), fc_reduce, weight, attn_bias, attn_mean, attn_var, 1e-5, True, fc_select),
+        "squeeze": (ys, [None, *scale[1:]], [*bias[:-1], None], [*mean], [*var], 1e-5, *act, 3),
+        "attend": (pooled, H * W, fc_reduce, weight, attn_bias, attn_mean, attn_var, 1e-5, *hidden, fc_select, select_bias),
         "select": (ys, mean, scale, bias, a, *act),
+        "select_backward_sums": (g, ys, mean, scale, bias, *act),
+        "attend_backward": (da, a, s, s @ fc_reduce.t(), fc_reduce, weight, attn_bias, attn_mean, attn_var, 1e-5, True, *hidden, fc_select),
+        "fold_backward": (a, s, H * W, R1, R2, K1, K2, var, scale, B * H * W),
         "select_backward": (g, ys, mean, scale, bias, a, t, p, q, *act),
     }
 
@@ -60,7 +70,7 @@ def cast(arguments: tuple, dtype: torch.dtype, small: torch.dtype) -> tuple:
 
 
 def flat(result) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result)
+    return [result] if isinstance(result, Tensor) else [tensor for each in result for tensor in flat(each)]
 
 
 def assert_matches_reference(name: str, arguments: tuple, dtype: torch.dtype) -> None:
@@ -88,10 +98,20 @@ def magnitudes(name: str, arguments: tuple, exact: list[Tensor]) -> list[Tensor]
     """What the ulp of a result is measured by: its values; where sums cancel, the sums of their terms' magnitudes."""
     if name == "branch_statistics":
         return [torch.stack([y.abs().mean((0, 2, 3)) for y in arguments[0]]), exact[1]]
-    if name != "squeeze":
+    if name == "fold_backward":
+        a, ds, pixels, R1, R2, K1, K2, r, scale, count = arguments
+        t = (ds / pixels)[:, None].abs()
+        dbias, dscale = ((a * R).abs().add(t * K.abs()).sum(0) for R, K in ((R1, K1), (R2, K2)))
+        share = (scale / count).abs() if count else torch.zeros_like(scale)
+        return [exact[0], r * dscale, dbias, share * dbias, share * r * r * dscale]
+    if name == "squeeze":
+        ys, *_, activation, negative_slope, sums = arguments
+        (mean, _, scale, bias), g, act = exact[:4], torch.ones_like(ys[0]), (activation, negative_slope)
+    elif name == "select_backward_sums":
+        g, ys, mean, scale, bias, *act = arguments
+        sums = 3
+    else:
         return exact
-    ys, mean, scale, bias, *act, sums = arguments[:7]
-    g = arguments[7] if len(arguments) > 7 else torch.ones_like(ys[0])
     pooled = []
     for y, *arrays in zip(ys, mean, scale, bias):
         branch_mean, branch_scale, branch_bias = (array[:, None, None] for array in arrays)
@@ -99,7 +119,8 @@ def magnitudes(name: str, arguments: tuple, exact: list[Tensor]) -> list[Tensor]
         z = d * branch_scale + branch_bias
         k = reference.gate(z, g, *act)
         pooled.append(torch.stack([x.abs().sum((2, 3)) for x in (g * reference.activate(z, *act), k, k * d)[:sums]]))
-    return [*torch.stack(pooled, 2)]
+    pooled = torch.stack(pooled, 2)
+    return [*exact[:4], *pooled] if name == "squeeze" else [*pooled]
 
 
 def test_memory_that_nobody_wrote_is_nan():
@@ -112,28 +133,29 @@ def test_memory_that_nobody_wrote_is_nan():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", ["branch_statistics", "squeeze", "select", "select_backward"])
+@pytest.mark.parametrize("name", PASSES)
 def test_operator_matches_reference(name: str, shape: tuple, dtype: torch.dtype, layout: str):
     activations = ACTIVATIONS if name != "branch_statistics" else ("relu",)
     for activation in activations:
         arguments = operands(shape, dtype, layout, activation)[name]
         assert_matches_reference(name, arguments, dtype)
         if name == "squeeze":
-            *fixed, sums, g = arguments
-            for without_g in ((*fixed, 3), (*fixed, 1)):
-                assert_matches_reference(name, without_g, dtype)
+            assert_matches_reference(name, (*arguments[:-1], 1), dtype)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_attend_matches_reference(shape: tuple, dtype: torch.dtype):
-    arguments = operands(shape, dtype)
-    s, fc_reduce, weight, bias, *_, eps, fc_select = arguments["attend"]
-    assert_matches_reference("attend", arguments["attend"], dtype)
-    assert_matches_reference("attend", (s, fc_reduce, weight, bias, None, None, eps, fc_select), dtype)
-    for training in (True, False):
-        *before, _, fc_select = arguments["attend_backward"]
-        assert_matches_reference("attend_backward", (*before, training, fc_select), dtype)
+def test_small_operators_match_reference(shape: tuple, dtype: torch.dtype):
+    for activation in HIDDEN:
+        arguments = operands(shape, dtype, activation=activation)
+        given = arguments["attend"]
+        assert_matches_reference("attend", given, dtype)
+        assert_matches_reference("attend", (*given[:3], None, None, None, None, *given[7:-1], None), dtype)
+        for training in (True, False):
+            *before, _, activation, negative_slope, fc_select = arguments["attend_backward"]
+            assert_matches_reference("attend_backward", (*before, training, activation, negative_slope, fc_select), dtype)
+    for count in (arguments["fold_backward"][-1], 0):
+        assert_matches_reference("fold_backward", (*arguments["fold_backward"][:-1], count), dtype)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -180,18 +202,16 @@ def test_opcheck(name: str, dtype: torch.dtype, layout: str):
 
 def test_opcheck_of_every_form_of_the_optional_arguments():
     arguments = operands((2, 2, 5, 4, 3), torch.float32)
-    *fixed, _, _ = arguments["squeeze"]
-    torch.library.opcheck(native.squeeze, (*fixed, 1))
-    torch.library.opcheck(native.squeeze, (*fixed, 3))
-    s, fc_reduce, weight, bias, *_, eps, fc_select = arguments["attend"]
-    torch.library.opcheck(native.attend, (s, fc_reduce, weight, bias, None, None, eps, fc_select))
+    torch.library.opcheck(native.squeeze, (*arguments["squeeze"][:-1], 1))
+    given = arguments["attend"]
+    torch.library.opcheck(native.attend, (*given[:3], None, None, None, None, *given[7:-1], None))
 
 
-@pytest.mark.parametrize("name", ["squeeze", "select", "select_backward"])
+@pytest.mark.parametrize("name", ["squeeze", "select", "select_backward_sums", "select_backward"])
 def test_nan_and_infinity_as_the_reference(name: str):
     for activation in ACTIVATIONS[:3]:
         arguments = operands((2, 2, 5, 3, 7), torch.float32, activation=activation)[name]
-        ys = arguments[int(name == "select_backward")]
+        ys = arguments[int(name.startswith("select_backward"))]
         for i, value in enumerate((float("nan"), float("inf"), -float("inf"))):
             ys[0].view(-1)[i * 21] = value
         for ours, exact in zip(flat(getattr(native, name)(*arguments)), flat(getattr(reference, name)(*arguments)), strict=True):
@@ -209,8 +229,8 @@ def test_statistics_of_a_channel_with_nan_or_infinity_are_not_finite():
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 def test_softmax_and_silu_where_exp_saturates(dtype: torch.dtype):
     arguments = operands((2, 2, 5, 1, 1), dtype, activation="silu")
-    s, *middle, fc_select = arguments["attend"]
-    assert_matches_reference("attend", (s, *middle, 1e4 * fc_select), dtype)
+    *before, fc_select, select_bias = arguments["attend"]
+    assert_matches_reference("attend", (*before, 1e4 * fc_select, select_bias), dtype)
     ys, mean, scale, bias, *rest = arguments["select"]
     assert_matches_reference("select", (ys, mean, 1e4 * scale, bias, *rest), dtype)
 
@@ -228,20 +248,27 @@ BAD = {
     "dtypes differ": ("select", 0, lambda ys: [ys[0], ys[1].double()], TypeError, "ys"),
     "integers": ("branch_statistics", 0, lambda ys: [y.int() for y in ys], TypeError, "ys"),
     "empty": ("branch_statistics", 0, lambda ys: [y[:0] for y in ys], ValueError, "ys"),
-    "mean has another shape": ("squeeze", 1, lambda mean: mean[:1], ValueError, "mean"),
-    "mean has another dtype": ("squeeze", 1, Tensor.double, TypeError, "mean"),
+    "mean has another shape": ("select", 1, lambda mean: mean[:1], ValueError, "mean"),
+    "mean has another dtype": ("select", 1, Tensor.double, TypeError, "mean"),
+    "too few norm_weights": ("squeeze", 1, lambda ws: ws[:1], ValueError, "norm_weights"),
+    "norm_biases": ("squeeze", 2, lambda bs: [bs[0][1:], None], ValueError, "norm_biases"),
+    "too many means": ("squeeze", 3, lambda means: [*means, means[0]], ValueError, "variances"),
     "scale is transposed": ("select", 2, lambda scale: scale.t().contiguous().t(), ValueError, "scale"),
     "activation": ("select", 5, lambda _: "gelu", ValueError, "gelu"),
-    "sums": ("squeeze", 6, lambda _: 2, ValueError, "sums.* 2"),
-    "g has another shape": ("squeeze", 7, lambda g: g[:1], ValueError, "g"),
+    "sums": ("squeeze", 8, lambda _: 2, ValueError, "sums.* 2"),
+    "g has another shape": ("select_backward_sums", 0, lambda g: g[:1], ValueError, "g"),
     "g has another layout": ("select_backward", 0, lambda g: g.to(memory_format=torch.channels_last), ValueError, "g"),
     "a": ("select", 4, lambda a: a[:, :1], ValueError, "a"),
     "t": ("select_backward", 6, lambda t: t[:1], ValueError, "t"),
-    "s is of half precision": ("attend", 0, Tensor.bfloat16, TypeError, "s"),
-    "s has another rank": ("attend", 0, lambda s: s[0], ValueError, "s"),
-    "fc_reduce": ("attend", 1, lambda fc: fc[:, :-1].contiguous(), ValueError, "fc_reduce"),
-    "fc_select": ("attend", 7, lambda fc: fc[:-1], ValueError, "fc_select"),
-    "only one of mean and var": ("attend", 5, lambda _: None, ValueError, "mean, var"),
+    "pooled is of half precision": ("attend", 0, Tensor.bfloat16, TypeError, "pooled"),
+    "pooled has another rank": ("attend", 0, lambda pooled: pooled[0], ValueError, "pooled"),
+    "pixels": ("attend", 1, lambda _: 0, ValueError, "pixels.* 0"),
+    "fc_reduce": ("attend", 2, lambda fc: fc[:, :-1].contiguous(), ValueError, "fc_reduce"),
+    "the hidden activation": ("attend", 8, lambda _: "silu", ValueError, "silu"),
+    "fc_select": ("attend", 10, lambda fc: fc[:-1], ValueError, "fc_select"),
+    "select_bias": ("attend", 11, lambda bias: bias[1:], ValueError, "select_bias"),
+    "only one of mean and var": ("attend", 6, lambda _: None, ValueError, "mean, var"),
+    "K1": ("fold_backward", 5, lambda K1: K1[:1], ValueError, "K1"),
     "var": ("attend_backward", 8, lambda var: var[:0], ValueError, "var"),
 }
 

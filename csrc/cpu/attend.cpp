@@ -1,5 +1,5 @@
-// attend: a = softmax_m(fc_select . relu(BN(fc_reduce . s))) on (B, C)-sized data, and its backward. The matrix products
-// are the library's.
+// attend: a = softmax_m(fc_select . act(BN(fc_reduce . s)) + select_bias) on (B, C)-sized data, and its backward. The matrix
+// products are the library's.
 
 #ifdef SK_ISA
 
@@ -60,11 +60,6 @@ template <class A> void softmax_backward(const A* da, const A* a, A* dlogits, in
 
 namespace sk {
 
-template <class F> static void dispatch_accumulate(const Tensor& s, const F& f) {
-  if (s.scalar_type() == at::kDouble) f.template operator()<double>();
-  else f.template operator()<float>();
-}
-
 // The parameters as they are computed with: (D, C), (D,), (D,), (M * C, D), contiguous and in the dtype of s.
 struct AttendParameters {
   Tensor fc_reduce, weight, bias, fc_select;
@@ -89,9 +84,10 @@ struct AttendParameters {
     bias = bias_ ? vector(*bias_, "bias", s) : at::zeros({D}, s.options());
   }
 
-  Tensor vector(const Tensor& t, const char* name, const Tensor& s) const {
+  Tensor vector(const Tensor& t, const char* name, const Tensor& s) const { return vector(t, name, s, D); }
+  Tensor vector(const Tensor& t, const char* name, const Tensor& s, int64_t length) const {
     const Tensor converted = t.to(s.scalar_type()).contiguous();
-    check_array(converted, name, s.scalar_type(), {D});
+    check_array(converted, name, s.scalar_type(), {length});
     return converted;
   }
 
@@ -103,20 +99,53 @@ struct AttendParameters {
   }
 };
 
-// The attention's batch-norm and ReLU of column d: n = (x - mean) * scale + bias.
+// The slope of the hidden activation where it is not positive.
+static double slope_of(c10::string_view activation, double negative_slope) {
+  if (activation == "relu") return 0;
+  if (activation == "identity") return 1;
+  TORCH_CHECK_VALUE(activation == "leaky_relu", "activation: expected relu, leaky_relu or identity, got ", activation);
+  return negative_slope;
+}
+
+// The batch-norm and activation of column d.
 template <class A> struct Column {
-  A mean, r, weight, bias;
+  A mean, r, weight, bias, slope;
   A normalized(A x) const { return (x - mean) * r; }
-  A relu(A x) const {
+  A act(A x) const {
     const A n = normalized(x) * weight + bias;
-    return n <= 0 ? A(0) : n;
+    return gate(x, n);
   }
-  A gate(A x, A g) const { return normalized(x) * weight + bias <= 0 ? A(0) : g; }
+  A gate(A x, A g) const { return normalized(x) * weight + bias <= 0 ? (slope == 0 ? A(0) : slope * g) : g; }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attend_cpu(const Tensor& s, const Tensor& fc_reduce, const std::optional<Tensor>& weight,
-                                                      const std::optional<Tensor>& bias, const std::optional<Tensor>& mean,
-                                                      const std::optional<Tensor>& var, double eps, const Tensor& fc_select) {
+// s (B, C) from the parts of its sum, (B, P, C).
+static Tensor descriptor(const Tensor& pooled, int64_t pixels) {
+  const auto dtype = pooled.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "pooled: expected float32 or float64, got ", dtype);
+  TORCH_CHECK_VALUE(pooled.dim() == 3, "pooled: expected shape (B, P, C), got ", pooled.sizes());
+  TORCH_CHECK_VALUE(pixels >= 1, "pixels: expected at least 1, got ", pixels);
+  const int64_t B = pooled.size(0), P = pooled.size(1), C = pooled.size(2);
+  check_array(pooled, "pooled", dtype, {B, P, C});
+  const Tensor s = at::zeros({B, C}, pooled.options());
+  dispatch_accumulate(dtype, [&]<class A>() {
+    const A* part = pooled.const_data_ptr<A>();
+    for (int64_t b = 0; b < B; ++b) {
+      A* const out = s.mutable_data_ptr<A>() + b * C;
+      for (int64_t i = 0; i < P; ++i, part += C)
+        for (int64_t c = 0; c < C; ++c) out[c] += part[c];
+      for (int64_t c = 0; c < C; ++c) out[c] /= static_cast<A>(pixels);
+    }
+  });
+  return s;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_cpu(const Tensor& pooled, int64_t pixels, const Tensor& fc_reduce,
+                                                              const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                                                              const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
+                                                              double eps, c10::string_view activation, double negative_slope,
+                                                              const Tensor& fc_select, const std::optional<Tensor>& select_bias) {
+  const Tensor s = descriptor(pooled, pixels);
+  const double slope = slope_of(activation, negative_slope);
   const AttendParameters parameters(s, fc_reduce, weight, bias, fc_select);
   const int64_t B = s.size(0), C = s.size(1), D = parameters.D, M = parameters.M;
   TORCH_CHECK_VALUE(mean.has_value() == var.has_value(), "mean, var: expected both or neither, got only one");
@@ -124,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_cpu(const Tensor& s, const Ten
   const Tensor mean_out = mean ? parameters.vector(*mean, "mean", s).clone() : at::empty({D}, s.options());
   const Tensor var_out = var ? parameters.vector(*var, "var", s).clone() : at::empty({D}, s.options());
   const Tensor h = at::empty({B, D}, s.options());
-  dispatch_accumulate(s, [&]<class A>() {
+  dispatch_accumulate(s.scalar_type(), [&]<class A>() {
     const A* const x = reduced.const_data_ptr<A>();
     A *const m = mean_out.data_ptr<A>(), *const v = var_out.data_ptr<A>(), *const out = h.data_ptr<A>();
     for (int64_t d = 0; d < D; ++d) {
@@ -137,18 +166,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_cpu(const Tensor& s, const Ten
         v[d] = static_cast<A>(squares / B);
       }
       const Column<A> column{m[d], A(1) / std::sqrt(v[d] + static_cast<A>(eps)), parameters.weight.const_data_ptr<A>()[d],
-                             parameters.bias.const_data_ptr<A>()[d]};
-      for (int64_t b = 0; b < B; ++b) out[b * D + d] = column.relu(x[b * D + d]);
+                             parameters.bias.const_data_ptr<A>()[d], static_cast<A>(slope)};
+      for (int64_t b = 0; b < B; ++b) out[b * D + d] = column.act(x[b * D + d]);
     }
   });
-  const Tensor a = at::cpu::mm(h, parameters.fc_select.t()).view({B, M, C});
-  dispatch_accumulate(s, [&]<class A>() { SK_PICK(softmax<A>)(a.data_ptr<A>(), B, M, C); });
-  return {a, reduced, mean_out, var_out};
+  const Tensor logits = select_bias ? at::cpu::addmm(parameters.vector(*select_bias, "select_bias", s, M * C), h, parameters.fc_select.t())
+                                    : at::cpu::mm(h, parameters.fc_select.t());
+  const Tensor a = logits.view({B, M, C});
+  dispatch_accumulate(s.scalar_type(), [&]<class A>() { SK_PICK(softmax<A>)(a.data_ptr<A>(), B, M, C); });
+  return {a, s, reduced, mean_out, var_out};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward_cpu(
     const Tensor& da, const Tensor& a, const Tensor& s, const Tensor& reduced, const Tensor& fc_reduce, const std::optional<Tensor>& weight,
-    const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& var, double eps, bool training, const Tensor& fc_select) {
+    const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& var, double eps, bool training, c10::string_view activation,
+    double negative_slope, const Tensor& fc_select) {
+  const double negative = slope_of(activation, negative_slope);
   const AttendParameters parameters(s, fc_reduce, weight, bias, fc_select);
   const int64_t B = s.size(0), C = s.size(1), D = parameters.D, M = parameters.M;
   check_array(da, "da", s.scalar_type(), {B, M, C});
@@ -158,20 +191,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward_cpu(
   check_array(var, "var", s.scalar_type(), {D});
   const Tensor dlogits = at::empty({B, M * C}, s.options()), h = at::empty({B, D}, s.options());
   const Tensor dweight = at::empty({D}, s.options()), dbias = at::empty({D}, s.options());
-  dispatch_accumulate(
-      s, [&]<class A>() { SK_PICK(softmax_backward<A>)(da.const_data_ptr<A>(), a.const_data_ptr<A>(), dlogits.data_ptr<A>(), B, M, C); });
+  dispatch_accumulate(s.scalar_type(), [&]<class A>() {
+    SK_PICK(softmax_backward<A>)(da.const_data_ptr<A>(), a.const_data_ptr<A>(), dlogits.data_ptr<A>(), B, M, C);
+  });
   // The gradient of h, then, in place, of the reduced descriptor.
   const Tensor dreduced = at::cpu::mm(dlogits, parameters.fc_select);
-  dispatch_accumulate(s, [&]<class A>() {
+  dispatch_accumulate(s.scalar_type(), [&]<class A>() {
     const A* const x = reduced.const_data_ptr<A>();
     A *const out = h.data_ptr<A>(), *const g = dreduced.data_ptr<A>();
     for (int64_t d = 0; d < D; ++d) {
       const Column<A> column{mean.const_data_ptr<A>()[d], A(1) / std::sqrt(var.const_data_ptr<A>()[d] + static_cast<A>(eps)),
-                             parameters.weight.const_data_ptr<A>()[d], parameters.bias.const_data_ptr<A>()[d]};
+                             parameters.weight.const_data_ptr<A>()[d], parameters.bias.const_data_ptr<A>()[d], static_cast<A>(negative)};
       double total = 0, product = 0;
       for (int64_t b = 0; b < B; ++b) {
         const int64_t i = b * D + d;
-        out[i] = column.relu(x[i]);
+        out[i] = column.act(x[i]);
         g[i] = column.gate(x[i], g[i]);
         total += g[i];
         product += static_cast<double>(g[i]) * column.normalized(x[i]);
@@ -185,8 +219,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward_cpu(
       }
     }
   });
-  return {at::cpu::mm(dreduced, parameters.fc_reduce), at::cpu::mm(dreduced.t(), s).view(fc_reduce.sizes()), dweight, dbias,
-          at::cpu::mm(dlogits.t(), h).view(fc_select.sizes())};
+  return {at::cpu::mm(dreduced, parameters.fc_reduce),
+          at::cpu::mm(dreduced.t(), s).view(fc_reduce.sizes()),
+          dweight,
+          dbias,
+          at::cpu::mm(dlogits.t(), h).view(fc_select.sizes()),
+          at::sum(dlogits, 0)};
 }
 
 }  // namespace sk

@@ -239,7 +239,7 @@ std::tuple<Tensor, std::vector<Tensor> > branch_backward_cpu(const Tensor& g, co
                                                              at::IntArrayRef dilations, int64_t groups, TensorList ys, const Tensor& mean,
                                                              const Tensor& scale, const Tensor& bias, const Tensor& a, const Tensor& t,
                                                              const Tensor& p, const Tensor& q, c10::string_view activation,
-                                                             double negative_slope) {
+                                                             double negative_slope, std::array<bool, 2> needs) {
   const Convolutions s = check_convolutions(x, weights, stride, dilations, groups);
   check_select_backward(g, ys, mean, scale, bias, a, t, p, q);
   const int64_t shape[] = {s.B, s.out.C, s.out.H, s.out.W};
@@ -247,9 +247,10 @@ std::tuple<Tensor, std::vector<Tensor> > branch_backward_cpu(const Tensor& g, co
                     at::IntArrayRef(shape), ", got ", ys.size(), " of ", ys[0].sizes());
   TORCH_CHECK_TYPE(ys[0].scalar_type() == x.scalar_type(), "ys: expected ", x.scalar_type(), ", got ", ys[0].scalar_type());
   TORCH_CHECK_VALUE(ys[0].is_contiguous(layout(x)), "ys: expected the layout of x, got strides ", ys[0].strides());
-  Tensor dx = at::empty_like(x, layout(x));
+  Tensor dx = needs[0] ? at::empty_like(x, layout(x)) : at::empty({0}, x.options());
   std::vector<Tensor> dweights;
-  for (const auto& w : weights) dweights.push_back(at::empty_like(w, at::MemoryFormat::Contiguous));
+  if (needs[1])
+    for (const auto& w : weights) dweights.push_back(at::empty_like(w, at::MemoryFormat::Contiguous));
   if (s.winograd()) {
     const auto dys = select_backward_cpu(g, ys, mean, scale, bias, a, t, p, q, activation, negative_slope);
     branch_winograd_backward(s, x, weights, dys, dx, dweights);
@@ -262,11 +263,13 @@ std::tuple<Tensor, std::vector<Tensor> > branch_backward_cpu(const Tensor& g, co
 // Of the branches in flight, for each thread: what its share of the last-level cache holds on today's servers.
 constexpr int64_t kCacheBytes = 2 << 20;
 
-Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArrayRef dilations, int64_t groups, const Tensor& mean,
-                const Tensor& scale, const Tensor& bias, const Tensor& fc_reduce, const Tensor& attn_weight, const Tensor& attn_bias,
+Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArrayRef dilations, int64_t groups,
+                const OptionalTensors& norm_weights, const OptionalTensors& norm_biases, TensorList means, TensorList variances, double eps,
+                const Tensor& fc_reduce, const std::optional<Tensor>& attn_weight, const std::optional<Tensor>& attn_bias,
                 const Tensor& attn_mean, const Tensor& attn_var, double attn_eps, const Tensor& fc_select, c10::string_view activation,
                 double negative_slope) {
   const Convolutions s = check_convolutions(x, weights, stride, dilations, groups);
+  const auto [mean, r, scale, bias] = fold(norm_weights, norm_biases, means, variances, eps, at::kFloat);
   for (const auto& [name, array] : {std::pair<const char*, const Tensor&>{"mean", mean}, {"scale", scale}, {"bias", bias}})
     check_array(array, name, at::kFloat, {s.M, s.out.C});
   TORCH_CHECK_VALUE(fc_select.size(0) == s.M * s.out.C, "fc_select: expected ", s.M, " * ", s.out.C, " rows, got ", fc_select.size(0));
@@ -283,8 +286,7 @@ Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArra
     part.B = std::min(images, s.B - image);
     for (auto& y : ys) y = y.narrow(0, 0, part.B);
     branch_winograd(part, x.narrow(0, image, part.B), packed, ys);
-    const auto sums = squeeze_cpu(ys, mean, scale, bias, activation, negative_slope, 1, std::nullopt);
-    const Tensor a = attention(sums[0].sum(1) / static_cast<double>(s.out.pixels()));
+    const Tensor a = attention(squeeze_normalized(ys, mean, scale, bias, activation, negative_slope), s.out.pixels());
     select_out(v.narrow(0, image, part.B), ys, mean, scale, bias, a, activation, negative_slope);
   }
   return v;

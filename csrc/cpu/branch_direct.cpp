@@ -280,7 +280,7 @@ void input_gradient(const Clustered& s, const Plane* dy, const float* turned, in
   }
 }
 
-// Tasks are (part of the batch, cluster). dweights is (parts, M, clusters * cluster / L, group * 9, L).
+// Tasks are (part of the batch, cluster). dweights is (parts, M, clusters * cluster / L, group * 9, L); it or dx may be null.
 template <class T, Activation kAct>
 void branch_backward_tasks(const Clustered& s, const Gradient<T>& d, const T* x, const float* turned, int64_t parts, float* scratch, T* dx,
                            float* dweights, int64_t first, int64_t last) {
@@ -293,17 +293,18 @@ void branch_backward_tasks(const Clustered& s, const Gradient<T>& d, const T* x,
   for (int64_t task = first; task < last; ++task) {
     const int64_t part = task / s.clusters(), c = task % s.clusters() * s.cluster,
                   channels = s.in.C - c < s.cluster ? s.in.C - c : s.cluster;
-    for (int64_t m = 0; m < s.M; ++m)
+    for (int64_t m = 0; m < s.M && dweights; ++m)
       std::memset(dweights + ((part * s.M + m) * s.channels() + c) * s.row(), 0, s.cluster * s.row() * sizeof(float));
     for (int64_t b = part * s.B / parts; b < (part + 1) * s.B / parts; ++b) {
       gradient_planes<T, kAct>(s, d, b, c, planes);
-      pack(x + s.in.offset(b, c), s.in, channels, inputs);
-      for (int64_t m = 0; m < s.M; ++m)
+      if (dweights) pack(x + s.in.offset(b, c), s.in, channels, inputs);
+      for (int64_t m = 0; m < s.M && dweights; ++m)
         for (int64_t k = 0; k < s.cluster; k += L) {
           Plane dy = planes[m];
           dy.data += k;
           gradient(inputs, dy, s.dilation[m], s.stride, dweights + ((part * s.M + m) * s.channels() + c + k) * s.row());
         }
+      if (!dx) continue;
       input_gradient(s, planes, turned, c, block);
       unpack(block, s.cluster, dx + s.in.offset(b, c), s.in, channels);
     }
@@ -412,12 +413,12 @@ void branch_direct_backward(const Convolutions& convolutions, const Tensor& g, c
       const auto kernel = SK_PICK(branch_backward_tasks<T, kAct>);
       parallel_tasks(parts * s.clusters(), s.M * s.gradient_plane(nullptr).size() + s.in.pixels() * s.cluster,
                      [&](float* scratch, int64_t first, int64_t last) {
-                       kernel(s, gradient, x.const_data_ptr<T>(), turned.const_data_ptr<float>(), parts, scratch, dx.data_ptr<T>(),
-                              partial.data_ptr<float>(), first, last);
+                       kernel(s, gradient, x.const_data_ptr<T>(), turned.const_data_ptr<float>(), parts, scratch,
+                              dx.numel() ? dx.data_ptr<T>() : nullptr, dweights.empty() ? nullptr : partial.data_ptr<float>(), first, last);
                      });
     }
   });
-  for (int64_t m = 0; m < s.M; ++m)
+  for (int64_t m = 0; m < s.M && !dweights.empty(); ++m)
     sum_weight_gradients(s, partial.data_ptr<float>() + m * s.channels() * s.row(), partial.stride(0), parts, dweights[m]);
 }
 
@@ -441,7 +442,7 @@ Tensor unit_direct(const Convolutions& convolutions, const Tensor& x, TensorList
           branch_kernel(s, slope, x.const_data_ptr<T>() + s.in.offset(image, 0), packed.const_data_ptr<float>(),
                         shift.const_data_ptr<float>(), scratch, z.data_ptr<float>(), pooled.data_ptr<float>(), first, last);
         });
-        const Tensor a = attention(pooled.narrow(0, 0, count).narrow(1, 0, s.in.C) / static_cast<double>(s.out.pixels()));
+        const Tensor a = attention(pooled.narrow(0, 0, count).narrow(1, 0, s.in.C).unsqueeze(1).contiguous(), s.out.pixels());
         at::parallel_for(0, count * s.clusters(), 1, [&](int64_t first, int64_t last) {
           select_kernel(s, slope, z.const_data_ptr<float>(), a.const_data_ptr<float>(), v.data_ptr<T>() + s.out.offset(image, 0), first,
                         last);

@@ -381,16 +381,19 @@ void branch_winograd_backward(const Convolutions& s, const Tensor& x, TensorList
     for (int64_t m = 0; m < s.M; ++m) {
       const std::vector<Tile> tiles = tiles_of(s.out, s.dilation[m]);
       Winograd w = winograd_of(s, m, tiles);
-      Winograd back = w;
-      std::swap(back.in, back.out);
-      std::swap(back.inputs, back.outputs);
-      std::swap(back.first_input, back.first_output);
-      back.span = std::max<int64_t>(kTilesOfWeights, 8192 / back.inputs);
-      back.channel_step = 9;
-      back.tap_step = 1;
-      const Tensor turned = at::empty({s.branch_inputs() * s.outputs * 9}, at::kFloat);
-      turn_weights(s, weights[m].const_data_ptr<T>(), turned.data_ptr<float>());
-      convolve(back, dys[m].const_data_ptr<T>(), turned, m > 0 && !s.split, dx.data_ptr<T>());
+      if (dx.numel()) {
+        Winograd back = w;
+        std::swap(back.in, back.out);
+        std::swap(back.inputs, back.outputs);
+        std::swap(back.first_input, back.first_output);
+        back.span = std::max<int64_t>(kTilesOfWeights, 8192 / back.inputs);
+        back.channel_step = 9;
+        back.tap_step = 1;
+        const Tensor turned = at::empty({s.branch_inputs() * s.outputs * 9}, at::kFloat);
+        turn_weights(s, weights[m].const_data_ptr<T>(), turned.data_ptr<float>());
+        convolve(back, dys[m].const_data_ptr<T>(), turned, m > 0 && !s.split, dx.data_ptr<T>());
+      }
+      if (dweights.empty()) continue;
 
       // A quarter of a MiB of transformed inputs, since their gradients are to be kept too.
       w.span = clamp<64>(std::max<int64_t>(32, 4096 / w.inputs));

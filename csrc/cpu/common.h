@@ -148,6 +148,12 @@ template <class F> void dispatch(at::ScalarType dtype, const F& f) {
   }
 }
 
+// f.operator()<A>() for what a small array is computed in.
+template <class F> void dispatch_accumulate(at::ScalarType dtype, const F& f) {
+  if (dtype == at::kDouble) f.template operator()<double>();
+  else f.template operator()<float>();
+}
+
 // f.operator()<T, Activation>().
 template <class F> void dispatch(at::ScalarType dtype, c10::string_view activation, const F& f) {
   dispatch(dtype, [&]<class T>() {

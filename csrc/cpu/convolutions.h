@@ -57,17 +57,19 @@ template <class T> void turn_weights(const Convolutions& s, const T* weights, fl
 // The sum of the parts of a weight's gradient, (groups * outputs / L, inputs * 9, L) each and `part_step` apart.
 void sum_weight_gradients(const Convolutions& s, const float* partial, int64_t part_step, int64_t parts, const Tensor& dweight);
 
-// The attention of pooled descriptors (B, C).
+// The attention from the parts of the pooled sums, (B, P, C).
 struct Attention {
-  const Tensor &fc_reduce, &weight, &bias, &mean, &var;
+  const Tensor& fc_reduce;
+  const std::optional<Tensor>&weight, &bias;
+  const Tensor &mean, &var;
   double eps;
   const Tensor& fc_select;
-  Tensor operator()(const Tensor& s) const {
-    return std::get<0>(attend_cpu(s.contiguous(), fc_reduce, weight, bias, mean, var, eps, fc_select));
+  Tensor operator()(const Tensor& pooled, int64_t pixels) const {
+    return std::get<0>(attend_cpu(pooled, pixels, fc_reduce, weight, bias, mean, var, eps, "relu", 0, fc_select, std::nullopt));
   }
 };
 
-// Where Convolutions::direct().
+// Where Convolutions::direct(). The gradient of x is not computed if dx is empty, those of the weights if dweights is.
 void branch_direct(const Convolutions& s, const Tensor& x, TensorList weights, TensorList ys, const Tensor& mean, const Tensor& var);
 void branch_direct_backward(const Convolutions& s, const Tensor& g, const Tensor& x, TensorList weights, TensorList ys, const Tensor& mean,
                             const Tensor& scale, const Tensor& bias, const Tensor& a, const Tensor& t, const Tensor& p, const Tensor& q,
@@ -75,7 +77,7 @@ void branch_direct_backward(const Convolutions& s, const Tensor& g, const Tensor
 Tensor unit_direct(const Convolutions& s, const Tensor& x, TensorList weights, int64_t images, const Tensor& mean, const Tensor& scale,
                    const Tensor& bias, const Attention& attention, c10::string_view activation, double negative_slope);
 
-// Where Convolutions::winograd(), with packed weights.
+// Where Convolutions::winograd(), with packed weights; dx and dweights likewise.
 void branch_winograd(const Convolutions& s, const Tensor& x, TensorList packed, TensorList ys);
 void branch_winograd_backward(const Convolutions& s, const Tensor& x, TensorList weights, TensorList dys, const Tensor& dx,
                               TensorList dweights);

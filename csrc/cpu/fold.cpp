@@ -1,4 +1,4 @@
-// fold: the batch-norms of the M branches as one multiplication and one addition.
+// fold: the batch-norms of the M branches as one multiplication and one addition; and their gradients.
 
 #include "common.h"
 #include "operators.h"
@@ -7,42 +7,77 @@
 
 namespace sk {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> fold_cpu(const c10::List<std::optional<Tensor>>& weights,
-                                                    const c10::List<std::optional<Tensor>>& biases, TensorList means, TensorList variances,
-                                                    double eps, at::ScalarType dtype) {
+Folded fold(const OptionalTensors& weights, const OptionalTensors& biases, TensorList means, TensorList variances, double eps,
+            at::ScalarType dtype) {
   TORCH_CHECK_VALUE(!means.empty() && means[0].dim() == 1, "means: expected vectors (C,) of at least one branch");
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "dtype: expected float32 or float64, got ", dtype);
   const int64_t M = means.size(), C = means[0].size(0);
   const auto check_count = [&](size_t count, const char* name) {
     TORCH_CHECK_VALUE(count == means.size(), name, ": expected ", M, " vectors, got ", count);
   };
   check_count(variances.size(), "variances");
-  check_count(weights.size(), "weights");
-  check_count(biases.size(), "biases");
+  check_count(weights.size(), "norm_weights");
+  check_count(biases.size(), "norm_biases");
   const auto vector = [&](const Tensor& t, const char* name) {
     const Tensor converted = t.to(dtype).contiguous();
     check_array(converted, name, dtype, {C});
     return converted;
   };
   const auto options = means[0].options().dtype(dtype);
-  const Tensor mean = at::empty({M, C}, options), r = at::empty({M, C}, options), scale = at::empty({M, C}, options),
-               bias = at::empty({M, C}, options);
-  const auto fold = [&]<class A>() {
+  const Folded folded{at::empty({M, C}, options), at::empty({M, C}, options), at::empty({M, C}, options), at::empty({M, C}, options)};
+  dispatch_accumulate(dtype, [&]<class A>() {
     for (int64_t m = 0, i = 0; m < M; ++m) {
-      const Tensor branch_mean = vector(means[m], "means"), var = vector(variances[m], "variances");
-      const std::optional<Tensor> weight = weights.get(m), shift = biases.get(m);
-      const Tensor gain = weight ? vector(*weight, "weights") : at::ones({C}, options);
-      const Tensor offset = shift ? vector(*shift, "biases") : at::zeros({C}, options);
+      const Tensor mean = vector(means[m], "means"), var = vector(variances[m], "variances");
+      const std::optional<Tensor> weight = weights.get(m), bias = biases.get(m);
+      const Tensor gain = weight ? vector(*weight, "norm_weights") : Tensor(), shift = bias ? vector(*bias, "norm_biases") : Tensor();
       for (int64_t c = 0; c < C; ++c, ++i) {
-        mean.mutable_data_ptr<A>()[i] = branch_mean.const_data_ptr<A>()[c];
-        r.mutable_data_ptr<A>()[i] = A(1) / std::sqrt(var.const_data_ptr<A>()[c] + static_cast<A>(eps));
-        scale.mutable_data_ptr<A>()[i] = gain.const_data_ptr<A>()[c] * r.const_data_ptr<A>()[i];
-        bias.mutable_data_ptr<A>()[i] = offset.const_data_ptr<A>()[c];
+        const A r = A(1) / std::sqrt(var.const_data_ptr<A>()[c] + static_cast<A>(eps));
+        folded.mean.mutable_data_ptr<A>()[i] = mean.const_data_ptr<A>()[c];
+        folded.r.mutable_data_ptr<A>()[i] = r;
+        folded.scale.mutable_data_ptr<A>()[i] = weight ? gain.const_data_ptr<A>()[c] * r : r;
+        folded.bias.mutable_data_ptr<A>()[i] = bias ? shift.const_data_ptr<A>()[c] : A(0);
       }
     }
-  };
-  dtype == at::kFloat ? fold.template operator()<float>() : fold.template operator()<double>();
-  return {mean, r, scale, bias};
+  });
+  return folded;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fold_backward_cpu(const Tensor& a, const Tensor& ds, int64_t pixels, const Tensor& R1,
+                                                                     const Tensor& R2, const Tensor& K1, const Tensor& K2, const Tensor& r,
+                                                                     const Tensor& scale, int64_t count) {
+  TORCH_CHECK_VALUE(a.dim() == 3, "a: expected shape (B, M, C), got ", a.sizes());
+  const int64_t B = a.size(0), M = a.size(1), C = a.size(2);
+  const auto dtype = a.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "a: expected float32 or float64, got ", dtype);
+  for (const auto& [name, array] : {std::pair<const char*, const Tensor&>{"a", a}, {"R1", R1}, {"R2", R2}, {"K1", K1}, {"K2", K2}})
+    check_array(array, name, dtype, {B, M, C});
+  check_array(ds, "ds", dtype, {B, C});
+  check_array(r, "r", dtype, {M, C});
+  check_array(scale, "scale", dtype, {M, C});
+  TORCH_CHECK_VALUE(pixels >= 1 && count >= 0, "pixels, count: expected at least 1 and 0, got ", pixels, " and ", count);
+  const Tensor t = at::empty_like(ds), dweight = at::empty_like(r), dbias = at::empty_like(r), p = at::empty_like(r), q = at::empty_like(r);
+  dispatch_accumulate(dtype, [&]<class A>() {
+    A* const share = t.mutable_data_ptr<A>();
+    for (int64_t i = 0; i < B * C; ++i) share[i] = ds.const_data_ptr<A>()[i] / static_cast<A>(pixels);
+    std::vector<double> first(M * C), second(M * C);
+    const A *const weights = a.const_data_ptr<A>(), *const g1 = R1.const_data_ptr<A>(), *const g2 = R2.const_data_ptr<A>(),
+                   *const k1 = K1.const_data_ptr<A>(), *const k2 = K2.const_data_ptr<A>();
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t m = 0; m < M; ++m)
+        for (int64_t c = 0; c < C; ++c) {
+          const int64_t i = (b * M + m) * C + c;
+          first[m * C + c] += weights[i] * g1[i] + share[b * C + c] * k1[i];
+          second[m * C + c] += weights[i] * g2[i] + share[b * C + c] * k2[i];
+        }
+    for (int64_t i = 0; i < M * C; ++i) {
+      const A shift = static_cast<A>(first[i]), gain = r.const_data_ptr<A>()[i] * static_cast<A>(second[i]);
+      const A mean_share = count == 0 ? A(0) : scale.const_data_ptr<A>()[i] / static_cast<A>(count);
+      dbias.mutable_data_ptr<A>()[i] = shift;
+      dweight.mutable_data_ptr<A>()[i] = gain;
+      p.mutable_data_ptr<A>()[i] = mean_share * shift;
+      q.mutable_data_ptr<A>()[i] = mean_share * r.const_data_ptr<A>()[i] * gain;
+    }
+  });
+  return {t, dweight, dbias, p, q};
 }
 
 }  // namespace sk

@@ -4,7 +4,8 @@
 // target to a lambda.
 
 #if defined(__x86_64__) && defined(__clang__)
-#define SK_TARGET_AVX512 _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c\"))), apply_to = function)")
+#define SK_TARGET_AVX512 \
+  _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c\"))), apply_to = function)")
 #define SK_TARGET_AVX2 _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c\"))), apply_to = function)")
 #define SK_TARGET_END _Pragma("clang attribute pop")
 #elif defined(__x86_64__)
@@ -19,7 +20,7 @@
 namespace sk::base {
 #include "simd.h"
 #include SK_KERNELS
-}
+}  // namespace sk::base
 #undef SK_VECTOR_BYTES
 #undef SK_INLINE
 
@@ -29,7 +30,7 @@ SK_TARGET_AVX2
 namespace sk::avx2 {
 #include "simd.h"
 #include SK_KERNELS
-}
+}  // namespace sk::avx2
 #undef SK_VECTOR_BYTES
 #undef SK_INLINE
 SK_TARGET_END
@@ -39,13 +40,13 @@ SK_TARGET_AVX512
 namespace sk::avx512 {
 #include "simd.h"
 #include SK_KERNELS
-}
+}  // namespace sk::avx512
 #undef SK_VECTOR_BYTES
 #undef SK_INLINE
 SK_TARGET_END
 
 // Called in namespace sk. The kernel may be a template: SK_PICK(rows<float, true>).
-#define SK_PICK(...)                                          \
+#define SK_PICK(...)                                                 \
   (instruction_set() == InstructionSet::avx512 ? avx512::__VA_ARGS__ \
    : instruction_set() == InstructionSet::avx2 ? avx2::__VA_ARGS__   \
                                                : base::__VA_ARGS__)

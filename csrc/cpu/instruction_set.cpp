@@ -12,8 +12,8 @@ static InstructionSet detect() {
     best = InstructionSet::avx512;
   if (const char* name = std::getenv("SK_FUSED_ISA")) {
     const std::string wanted = name;
-    TORCH_CHECK_VALUE(wanted == "base" || wanted == "avx2" || wanted == "avx512",
-                      "SK_FUSED_ISA: expected base, avx2 or avx512, got ", wanted);
+    TORCH_CHECK_VALUE(wanted == "base" || wanted == "avx2" || wanted == "avx512", "SK_FUSED_ISA: expected base, avx2 or avx512, got ",
+                      wanted);
     const auto limit = wanted == "base" ? InstructionSet::base : wanted == "avx2" ? InstructionSet::avx2 : InstructionSet::avx512;
     best = std::min(best, limit);
   }

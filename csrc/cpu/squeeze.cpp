@@ -1,4 +1,5 @@
-// squeeze: the sums over the pixels that the pooled descriptor and, weighted by a gradient, the whole backward rest on.
+// squeeze: the sums over the pixels that the pooled descriptor rests on; and select_backward_sums, the same weighted by a
+// gradient, on which the whole backward rests.
 
 #ifdef SK_ISA
 
@@ -118,12 +119,9 @@ void squeeze_tasks(const Branches<T>& v, const T* g, const Segments& segments, A
 
 namespace sk {
 
-std::vector<Tensor> squeeze_cpu(TensorList ys, const Tensor& mean, const Tensor& scale, const Tensor& bias, c10::string_view activation,
-                                double negative_slope, int64_t sums, const std::optional<Tensor>& g) {
-  check_normalized(ys, mean, scale, bias);
-  TORCH_CHECK_VALUE(sums == 1 || sums == 3, "sums: expected 1 or 3, got ", sums);
-  TORCH_CHECK_VALUE(!g || sums == 3, "sums: expected 3 with g, got ", sums);
-  if (g) check_like(*g, "g", ys[0]);
+// The sums, each (B, M, C); weighted by g, if it is given.
+static std::vector<Tensor> pooled_sums(TensorList ys, const Tensor& mean, const Tensor& scale, const Tensor& bias,
+                                       c10::string_view activation, double negative_slope, int64_t sums, const Tensor* g) {
   const int64_t M = ys.size(), B = ys[0].size(0), C = ys[0].size(1);
   std::vector<Tensor> out;
   for (int64_t i = 0; i < sums; ++i) out.push_back(at::zeros({B, M, C}, mean.options()));
@@ -150,6 +148,35 @@ std::vector<Tensor> squeeze_cpu(TensorList ys, const Tensor& mean, const Tensor&
     });
   });
   return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor> > squeeze_cpu(TensorList ys, const OptionalTensors& norm_weights,
+                                                                                     const OptionalTensors& norm_biases, TensorList means,
+                                                                                     TensorList variances, double eps,
+                                                                                     c10::string_view activation, double negative_slope,
+                                                                                     int64_t sums) {
+  check_branches(ys);
+  TORCH_CHECK_VALUE(sums == 1 || sums == 3, "sums: expected 1 or 3, got ", sums);
+  const auto folded = fold(norm_weights, norm_biases, means, variances, eps, accumulate_type(ys[0].scalar_type()));
+  const auto& [mean, r, scale, bias] = folded;
+  check_normalized(ys, mean, scale, bias);
+  auto out = pooled_sums(ys, mean, scale, bias, activation, negative_slope, sums, nullptr);
+  const Tensor pooled = out[0];
+  out.erase(out.begin());
+  return {mean, r, scale, bias, pooled, out};
+}
+
+Tensor squeeze_normalized(TensorList ys, const Tensor& mean, const Tensor& scale, const Tensor& bias, c10::string_view activation,
+                          double negative_slope) {
+  return pooled_sums(ys, mean, scale, bias, activation, negative_slope, 1, nullptr)[0];
+}
+
+std::tuple<Tensor, Tensor, Tensor> select_backward_sums_cpu(const Tensor& g, TensorList ys, const Tensor& mean, const Tensor& scale,
+                                                            const Tensor& bias, c10::string_view activation, double negative_slope) {
+  check_normalized(ys, mean, scale, bias);
+  check_like(g, "g", ys[0]);
+  const auto out = pooled_sums(ys, mean, scale, bias, activation, negative_slope, 3, &g);
+  return {out[0], out[1], out[2]};
 }
 
 }  // namespace sk

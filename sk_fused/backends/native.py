@@ -50,61 +50,70 @@ def why_not_convolve(
 
 
 if _C is not None:
-    fold = torch.ops.sk_fused.fold.default
-    branch = torch.ops.sk_fused.branch.default
-    branch_backward = torch.ops.sk_fused.branch_backward.default
-    unit = torch.ops.sk_fused.unit.default
     branch_statistics = torch.ops.sk_fused.branch_statistics.default
+    branch = torch.ops.sk_fused.branch.default
     squeeze = torch.ops.sk_fused.squeeze.default
     attend = torch.ops.sk_fused.attend.default
-    attend_backward = torch.ops.sk_fused.attend_backward.default
     select = torch.ops.sk_fused.select.default
+    unit = torch.ops.sk_fused.unit.default
+    select_backward_sums = torch.ops.sk_fused.select_backward_sums.default
+    attend_backward = torch.ops.sk_fused.attend_backward.default
+    fold_backward = torch.ops.sk_fused.fold_backward.default
     select_backward = torch.ops.sk_fused.select_backward.default
+    branch_backward = torch.ops.sk_fused.branch_backward.default
 
     def _output(x: Tensor, weights: Sequence[Tensor], stride: int) -> Tensor:
         layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         B, _, H, W = x.shape
         return torch.empty((B, weights[0].shape[0], (H - 1) // stride + 1, (W - 1) // stride + 1), dtype=x.dtype, device=x.device, memory_format=layout)
 
-    @torch.library.register_fake("sk_fused::fold")
-    def _(weights, biases, means, variances, eps, dtype):
-        return tuple(means[0].new_empty((len(means), *means[0].shape), dtype=dtype) for _ in range(4))
+    @torch.library.register_fake("sk_fused::branch_statistics")
+    def _(ys):
+        shape, dtype = (len(ys), ys[0].shape[1]), accumulate_dtype(ys[0].dtype)
+        return ys[0].new_empty(shape, dtype=dtype), ys[0].new_empty(shape, dtype=dtype)
 
     @torch.library.register_fake("sk_fused::branch")
     def _(x, weights, stride, dilations, groups):
         statistics = [x.new_empty((len(weights), weights[0].shape[0]), dtype=torch.float32) for _ in range(2)]
         return [_output(x, weights, stride) for _ in weights], *statistics
 
-    @torch.library.register_fake("sk_fused::branch_backward")
-    def _(g, x, weights, stride, dilations, groups, ys, mean, scale, bias, a, t, p, q, activation, negative_slope):
-        return torch.empty_like(x), [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
-
-    @torch.library.register_fake("sk_fused::unit")
-    def _(x, weights, stride, dilations, groups, mean, scale, bias, fc_reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, fc_select, activation, negative_slope):
-        return _output(x, weights, stride)
-
-    @torch.library.register_fake("sk_fused::branch_statistics")
-    def _(ys):
-        shape, dtype = (len(ys), ys[0].shape[1]), accumulate_dtype(ys[0].dtype)
-        return ys[0].new_empty(shape, dtype=dtype), ys[0].new_empty(shape, dtype=dtype)
-
     @torch.library.register_fake("sk_fused::squeeze")
-    def _(ys, mean, scale, bias, activation, negative_slope, sums, g=None):
-        return [mean.new_empty((ys[0].shape[0], *mean.shape)) for _ in range(sums)]
+    def _(ys, norm_weights, norm_biases, means, variances, eps, activation, negative_slope, sums):
+        like = means[0].new_empty((), dtype=accumulate_dtype(ys[0].dtype))
+        (B, C), M = ys[0].shape[:2], len(ys)
+        folded, pooled = ([like.new_empty(shape) for _ in range(count)] for shape, count in (((M, C), 4), ((B, M, C), sums)))
+        return *folded, pooled[0], pooled[1:]
 
     @torch.library.register_fake("sk_fused::attend")
-    def _(s, fc_reduce, weight, bias, mean, var, eps, fc_select):
-        (B, C), D = s.shape, fc_reduce.shape[0]
-        return s.new_empty((B, fc_select.shape[0] // C, C)), s.new_empty((B, D)), s.new_empty((D,)), s.new_empty((D,))
-
-    @torch.library.register_fake("sk_fused::attend_backward")
-    def _(da, a, s, reduced, fc_reduce, weight, bias, mean, var, eps, training, fc_select):
-        return tuple(s.new_empty(shape) for shape in (s.shape, fc_reduce.shape, mean.shape, mean.shape, fc_select.shape))
+    def _(pooled, pixels, fc_reduce, weight, bias, mean, var, eps, activation, negative_slope, fc_select, select_bias):
+        (B, _, C), D = pooled.shape, fc_reduce.shape[0]
+        return tuple(pooled.new_empty(shape) for shape in ((B, fc_select.shape[0] // C, C), (B, C), (B, D), (D,), (D,)))
 
     @torch.library.register_fake("sk_fused::select")
     def _(ys, mean, scale, bias, a, activation, negative_slope):
         return torch.empty_like(ys[0])
 
+    @torch.library.register_fake("sk_fused::unit")
+    def _(x, weights, stride, *arguments):
+        return _output(x, weights, stride)
+
+    @torch.library.register_fake("sk_fused::select_backward_sums")
+    def _(g, ys, mean, scale, bias, activation, negative_slope):
+        return tuple(mean.new_empty((ys[0].shape[0], *mean.shape)) for _ in range(3))
+
+    @torch.library.register_fake("sk_fused::attend_backward")
+    def _(da, a, s, reduced, fc_reduce, weight, bias, mean, var, eps, training, activation, negative_slope, fc_select):
+        return tuple(s.new_empty(shape) for shape in (s.shape, fc_reduce.shape, mean.shape, mean.shape, fc_select.shape, fc_select.shape[:1]))
+
+    @torch.library.register_fake("sk_fused::fold_backward")
+    def _(a, ds, pixels, R1, R2, K1, K2, r, scale, count):
+        return torch.empty_like(ds), *(torch.empty_like(r) for _ in range(4))
+
     @torch.library.register_fake("sk_fused::select_backward")
     def _(g, ys, mean, scale, bias, a, t, p, q, activation, negative_slope):
         return [torch.empty_like(y) for y in ys]
+
+    @torch.library.register_fake("sk_fused::branch_backward")
+    def _(g, x, weights, stride, dilations, groups, ys, mean, scale, bias, a, t, p, q, activation, negative_slope, needs):
+        dx = torch.empty_like(x) if needs[0] else x.new_empty(0)
+        return dx, [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights] if needs[1] else []

@@ -1,22 +1,27 @@
 """The functions of a backend in plain PyTorch: their specification, and what runs where no kernel can.
 
-The first three are for branches that are convolved here, w_m ∗ x_m, 3 × 3, padded by their dilation, x_m being x or the
-m-th part of its channels; the others go on from the branches.
+`branch`, `branch_backward` and `unit` are for branches that are convolved here, w_m ∗ x_m, 3 × 3, padded by their dilation, x_m
+being x or the m-th part of its channels; the others go on from the branches.
 
-Shapes, in every backend: `ys` are the M branches (B, C, H, W), dense and in one layout; `mean`, `scale`, `bias`, `p`,
-`q` are (M, C); `a` is (B, M, C); `s` and `t` are (B, C); `x` is (B, C, H', W'), `weights` are M (C, inputs, 3, 3);
-`fc_reduce` is (D, C) or (D, C, 1, 1), `fc_select` (M·C, D) or (M·C, D, 1, 1). The parameters and running statistics may have
-any dtype. All else but the branches, `x`, `weights`, `g` and `v` is float32, or float64 for float64 branches. With
-z_m = (y_m − mean_m)·scale_m + bias_m:
+Shapes, in every backend: `ys` are the M branches (B, C, H, W), dense and in one layout; `norm_weights`, `norm_biases` (or None),
+`means` and `variances` are M vectors (C,); `mean`, `r`, `scale`, `bias`, `p`, `q` are (M, C); `a`, K1, K2, R1, R2 are (B, M, C);
+`s` and `t` are (B, C); `x` is (B, C, H', W'), `weights` are M (C, inputs, 3, 3); `fc_reduce` is (D, C) or (D, C, 1, 1), `fc_select`
+(M·C, D) or (M·C, D, 1, 1). The parameters and running statistics may have any dtype. All else but the branches, `x`, `weights`, `g`
+and `v` is float32, or float64 for float64 branches. `pixels` is H·W. With z_m = (y_m − mean_m)·scale_m + bias_m, k_m = act'(z_m):
 
-    fold             mean, r = 1/√(var + eps), scale = weight·r and bias of the M batch-norms; without weight or bias 1 or 0
-    branch           y_m = w_m ∗ x_m, and its mean and variance over (B, H, W)
-    branch_backward  from dy_m, as select_backward gives it: dx and dw_m
-    unit             v, with given statistics
-    squeeze          Σ_hw g·act(z),  Σ_hw g·act'(z),  Σ_hw g·act'(z)·(y − mean)        g = 1 if it is not given
-    attend           a = softmax_m(fc_select · relu(BN(fc_reduce · s)))
-    select           v = Σ_m a_m·act(z_m)
-    select_backward  dy_m = scale_m·act'(z_m)·(a_m·g + t) − p_m − (y_m − mean_m)·q_m
+    branch_statistics     mean and variance of y_m over (B, H, W)
+    branch                y_m = w_m ∗ x_m, and the same
+    squeeze               the batch-norms as mean, r = 1/√(var + eps), scale = weight·r and bias; Σ_hw act(z), whose sum over the
+                          second axis, (B, P, C) with any P, is that over the branches; K1 = Σ_hw k, K2 = Σ_hw k·(y − mean)
+    attend                s = pooled/pixels, a = softmax_m(fc_select · act(BN(fc_reduce · s)) + select_bias)
+    select                v = Σ_m a_m·act(z_m)
+    unit                  all of this, with given statistics
+    select_backward_sums  from g = dL/dv: da = Σ_hw g·act(z), R1 = Σ_hw g·k, R2 = Σ_hw g·k·(y − mean)
+    attend_backward       from da: ds and the gradients of the parameters
+    fold_backward         t = ds/pixels, and with dz = k·(a·g + t) the gradients of the batch-norms: dbias = Σ dz,
+                          dweight = r·Σ dz·(y − mean); p and q, what the branches owe to their statistics
+    select_backward       dy_m = scale_m·k_m·(a_m·g + t) − p_m − (y_m − mean_m)·q_m
+    branch_backward       from dy_m, as select_backward gives it: dx and dw_m
 """
 
 import functools
@@ -87,40 +92,12 @@ def _convolutions(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: 
     return [F.conv2d(x_m, w, None, stride, d, d, groups) for x_m, w, d in zip(_shares(x, weights, groups), weights, dilations, strict=True)]
 
 
-def fold(weights, biases, means, variances, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fold(weights, biases, means, variances, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean, var = (torch.stack([vector.to(dtype) for vector in vectors]) for vectors in (means, variances))
     weight = torch.stack([torch.ones_like(mean[0]) if w is None else w.to(dtype) for w in weights])
     bias = torch.stack([torch.zeros_like(mean[0]) if b is None else b.to(dtype) for b in biases])
     r = torch.rsqrt(var + eps)
     return mean, r, r * weight, bias
-
-
-def branch(x, weights, stride: int, dilations, groups: int) -> tuple[list[Tensor], Tensor, Tensor]:
-    ys = _convolutions(x, weights, stride, dilations, groups)
-    return ys, *branch_statistics(ys)
-
-
-def branch_backward(g, x, weights, stride: int, dilations, groups: int, ys, mean, scale, bias, a, t, p, q, activation: str, negative_slope: float):
-    """dx, and dw of every branch, in the dtype of x."""
-    dys = select_backward(g, ys, mean, scale, bias, a, t, p, q, activation, negative_slope)
-    xs = _shares(x, weights, groups)
-    dxs, dweights = [], []
-    for dy, x_m, w, d in zip(dys, xs, weights, dilations, strict=True):
-        geometry = [stride] * 2, [d] * 2, [d] * 2, False, [0, 0], groups
-        dx, dw, _ = torch.ops.aten.convolution_backward(dy, x_m, w, None, *geometry, [True, True, False])
-        dxs.append(dx)
-        dweights.append(dw)
-    return sum(dxs) if xs[0] is x else torch.cat(dxs, 1), dweights
-
-
-def unit(
-    x, weights, stride: int, dilations, groups: int, mean, scale, bias, fc_reduce, attn_weight, attn_bias, attn_mean, attn_var,
-    attn_eps: float, fc_select, activation: str, negative_slope: float,
-) -> Tensor:  # fmt: skip
-    ys = _convolutions(x, weights, stride, dilations, groups)
-    s = squeeze(ys, mean, scale, bias, activation, negative_slope, 1)[0].sum(1) / (ys[0].shape[2] * ys[0].shape[3])
-    a = attend(s, fc_reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, fc_select)[0]
-    return select(ys, mean, scale, bias, a, activation, negative_slope)
 
 
 def branch_statistics(ys: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -130,9 +107,20 @@ def branch_statistics(ys: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.stack(mean), torch.stack(var)
 
 
-def squeeze(ys, mean, scale, bias, activation: str, negative_slope: float, sums: int, g: Tensor | None = None) -> list[Tensor]:
-    """The three sums, or only the first, each (B, M, C)."""
-    weight = mean.new_ones(ys[0].shape) if g is None else g.to(mean.dtype)
+def branch(x, weights, stride: int, dilations, groups: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    ys = _convolutions(x, weights, stride, dilations, groups)
+    return ys, *branch_statistics(ys)
+
+
+def squeeze(ys, norm_weights, norm_biases, means, variances, eps: float, activation: str, negative_slope: float, sums: int):
+    """mean, r, scale, bias, Σ act(z) and, with three `sums`, [K1, K2]."""
+    folded = mean, _, scale, bias = _fold(norm_weights, norm_biases, means, variances, eps, accumulate_dtype(ys[0].dtype))
+    pooled, *K = _pooled(ys, mean, scale, bias, activation, negative_slope, sums, mean.new_ones(ys[0].shape))
+    return *folded, pooled, K
+
+
+def _pooled(ys, mean, scale, bias, activation: str, negative_slope: float, sums: int, weight: Tensor) -> list[Tensor]:
+    """Of the branches, weighted: the three sums, or only the first, each (B, M, C)."""
     pooled = []
     for d, z in _normalized(ys, mean, scale, bias):
         terms = [weight * activate(z, activation, negative_slope)]
@@ -166,33 +154,22 @@ def _parameters(s: Tensor, fc_reduce: Tensor, weight: Tensor | None, bias: Tenso
 
 
 @_without_autocast
-def attend(s, fc_reduce, weight, bias, mean, var, eps: float, fc_select) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a, the reduced descriptor (B, D) before its batch-norm, and the mean and variance (D,) used: the batch's if none are given."""
+def attend(
+    pooled, pixels: int, fc_reduce, weight, bias, mean, var, eps: float, activation: str, negative_slope: float, fc_select, select_bias
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """a, s, the reduced descriptor (B, D) before its batch-norm, and the mean and variance (D,) used: the batch's if none are given."""
+    s = pooled.sum(1) / pixels
     fc_reduce, weight, bias, fc_select = _parameters(s, fc_reduce, weight, bias, fc_select)
     reduced = s @ fc_reduce.t()
     if mean is None:
         var, mean = torch.var_mean(reduced, 0, correction=0)
     else:
         mean, var = (vector.to(s.dtype, copy=True) for vector in (mean, var))
-    h = F.relu((reduced - mean) * torch.rsqrt(var + eps) * weight + bias)
-    a = torch.softmax((h @ fc_select.t()).unflatten(1, (-1, s.shape[1])), 1)
-    return a, reduced, mean, var
-
-
-@_without_autocast
-def attend_backward(da, a, s, reduced, fc_reduce, weight, bias, mean, var, eps: float, training: bool, fc_select):
-    """The gradients of s, fc_reduce, weight, bias and fc_select, in the dtype of s."""
-    shapes = fc_reduce.shape, fc_select.shape
-    fc_reduce, weight, bias, fc_select = _parameters(s, fc_reduce, weight, bias, fc_select)
-    dlogits = (a * (da - (a * da).sum(1, keepdim=True))).flatten(1)
-    r = torch.rsqrt(var + eps)
-    x = (reduced - mean) * r
-    n = x * weight + bias
-    dn = torch.where(n <= 0, 0.0, dlogits @ fc_select)
-    dbias, dweight = dn.sum(0), (dn * x).sum(0)
-    centred = dn - dbias / s.shape[0] - x * (dweight / s.shape[0]) if training else dn
-    dreduced = weight * r * centred
-    return dreduced @ fc_reduce, (dreduced.t() @ s).view(shapes[0]), dweight, dbias, (dlogits.t() @ F.relu(n)).view(shapes[1])
+    h = activate((reduced - mean) * torch.rsqrt(var + eps) * weight + bias, activation, negative_slope)
+    logits = h @ fc_select.t()
+    if select_bias is not None:
+        logits = logits + select_bias.to(s.dtype)
+    return torch.softmax(logits.unflatten(1, (-1, s.shape[1])), 1), s, reduced, mean, var
 
 
 def select(ys, mean, scale, bias, a, activation: str, negative_slope: float) -> Tensor:
@@ -202,6 +179,50 @@ def select(ys, mean, scale, bias, a, activation: str, negative_slope: float) -> 
     return v.to(ys[0].dtype)
 
 
+def unit(
+    x, weights, stride: int, dilations, groups: int, norm_weights, norm_biases, means, variances, eps: float, fc_reduce, attn_weight, attn_bias,
+    attn_mean, attn_var, attn_eps: float, fc_select, activation: str, negative_slope: float,
+) -> Tensor:  # fmt: skip
+    ys, act = _convolutions(x, weights, stride, dilations, groups), (activation, negative_slope)
+    mean, _, scale, bias, pooled, _ = squeeze(ys, norm_weights, norm_biases, means, variances, eps, *act, 1)
+    pixels = ys[0].shape[2] * ys[0].shape[3]
+    a = attend(pooled, pixels, fc_reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, "relu", 0.0, fc_select, None)[0]
+    return select(ys, mean, scale, bias, a, *act)
+
+
+def select_backward_sums(g, ys, mean, scale, bias, activation: str, negative_slope: float) -> tuple[Tensor, Tensor, Tensor]:
+    """da, R1, R2."""
+    return tuple(_pooled(ys, mean, scale, bias, activation, negative_slope, 3, g.to(mean.dtype)))
+
+
+@_without_autocast
+def attend_backward(
+    da, a, s, reduced, fc_reduce, weight, bias, mean, var, eps: float, training: bool, activation: str, negative_slope: float, fc_select
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of s, fc_reduce, weight, bias, fc_select and select_bias, in the dtype of s."""
+    shapes = fc_reduce.shape, fc_select.shape
+    fc_reduce, weight, bias, fc_select = _parameters(s, fc_reduce, weight, bias, fc_select)
+    dlogits = (a * (da - (a * da).sum(1, keepdim=True))).flatten(1)
+    r = torch.rsqrt(var + eps)
+    x = (reduced - mean) * r
+    n = x * weight + bias
+    dn = gate(n, dlogits @ fc_select, activation, negative_slope)
+    dbias, dweight = dn.sum(0), (dn * x).sum(0)
+    centred = dn - dbias / s.shape[0] - x * (dweight / s.shape[0]) if training else dn
+    dreduced = weight * r * centred
+    dfc_select = (dlogits.t() @ activate(n, activation, negative_slope)).view(shapes[1])
+    return dreduced @ fc_reduce, (dreduced.t() @ s).view(shapes[0]), dweight, dbias, dfc_select, dlogits.sum(0)
+
+
+def fold_backward(a, ds, pixels: int, R1, R2, K1, K2, r, scale, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """t, dweight, dbias, p and q, of statistics over `count` values; 0: of running statistics, to which nothing is owed."""
+    t = ds / pixels
+    dbias, dscale = (torch.addcmul(a * R, t[:, None], K).sum(0) for R, K in ((R1, K1), (R2, K2)))
+    dweight = r * dscale
+    share = scale / count if count else torch.zeros_like(scale)
+    return t, dweight, dbias, share * dbias, share * r * dweight
+
+
 def select_backward(g, ys, mean, scale, bias, a, t, p, q, activation: str, negative_slope: float) -> list[Tensor]:
     """dy of every branch, in its dtype and layout."""
     g, dys = g.to(mean.dtype), []
@@ -209,3 +230,19 @@ def select_backward(g, ys, mean, scale, bias, a, t, p, q, activation: str, negat
         dz = gate(z, _per_channel(a[:, m]) * g + _per_channel(t), activation, negative_slope)
         dys.append((_per_channel(scale[m]) * dz - _per_channel(p[m]) - d * _per_channel(q[m])).to(ys[m].dtype))
     return dys
+
+
+def branch_backward(
+    g, x, weights, stride: int, dilations, groups: int, ys, mean, scale, bias, a, t, p, q, activation: str, negative_slope: float, needs: Sequence[bool]
+) -> tuple[Tensor, list[Tensor]]:
+    """dx, and dw of every branch, in the dtype of x; an empty tensor and an empty list for what is not in `needs`."""
+    dys = select_backward(g, ys, mean, scale, bias, a, t, p, q, activation, negative_slope)
+    xs = _shares(x, weights, groups)
+    dxs, dweights = [], []
+    for dy, x_m, w, d in zip(dys, xs, weights, dilations, strict=True):
+        geometry = [stride] * 2, [d] * 2, [d] * 2, False, [0, 0], groups
+        dx, dw, _ = torch.ops.aten.convolution_backward(dy, x_m, w, None, *geometry, [*needs, False])
+        dxs.append(dx)
+        dweights.append(dw)
+    dx = x.new_empty(0) if not needs[0] else sum(dxs) if xs[0] is x else torch.cat(dxs, 1)
+    return dx, dweights if needs[1] else []
