@@ -1,5 +1,6 @@
 // The native operators: the one list of what is native. Shapes: ys are M branches (B, C, H, W); mean, scale, bias, p, q
 // are (M, C); a, K, da, R1 and R2 are (B, M, C); s and t are (B, C). sk_fused/backends/reference.py says what each does.
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/extension.h>
 #include <torch/library.h>
 
@@ -61,6 +62,14 @@ TORCH_LIBRARY_IMPL(sk_fused, CPU, m) {
   m.impl("attend_backward", sk::attend_backward_cpu);
   m.impl("fold_backward", sk::fold_backward_cpu);
   m.impl("select_backward", sk::select_backward_cpu);
+}
+
+// functional.py differentiates the unit. Whoever asks the operators themselves, as an exported program does, is told that they
+// have no derivative, and does not miss gradients unawares.
+TORCH_LIBRARY_IMPL(sk_fused, Autograd, m) {
+  for (const char* name : {"branch_statistics", "branch", "squeeze", "attend", "select", "unit", "select_backward_sums", "attend_backward",
+                           "fold_backward", "select_backward", "branch_backward"})
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.def("instruction_set", sk::instruction_set_name); }

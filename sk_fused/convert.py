@@ -83,4 +83,10 @@ def _convert(model: nn.Module, new_class: dict[type[nn.Module], type[nn.Module]]
         if id(module) in inside:
             continue
         units.append((name, module, reason))
+    for name, module, _ in units:
+        for part in (module, getattr(module, "attn", None)):
+            if type(part) in fused:
+                part.name_in_model = name
+            elif part is not None:
+                part.__dict__.pop("name_in_model", None)
     return Report(tuple(Unit(n, type(m) in fused, r or (m.why_not() if type(m) in fused else None)) for n, m, r in units))

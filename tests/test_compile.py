@@ -1,5 +1,6 @@
 """torch.compile: one graph, compiled once, with eager's results; and what the compiler is told of the operators."""
 
+import copy
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -76,6 +77,35 @@ def test_momentum_none_is_no_reason_to_compile_again():
     ours, theirs = pair(in_channels=8, norm_layer=partial(nn.BatchNorm2d, momentum=None))
     ours.compile(fullgraph=True)
     assert_parity(ours, theirs, batches(3, (3, 8, 9, 7)))
+
+
+@pytest.mark.filterwarnings("ignore:sk_fused")
+@pytest.mark.parametrize("name", UNITS)
+def test_vmap_is_compiled_of_pytorchs_operators(name: str):
+    unit, theirs = (unit.eval() for unit in pair(**UNITS[name]))
+    (x,) = batches(1, (6, UNITS[name]["in_channels"], 9, 7))
+    stacked = x.unflatten(0, (3, 2))
+    with torch.no_grad():
+        v = torch.compile(torch.vmap(lambda images: unit(images)), fullgraph=True)(stacked)
+        assert_within("vmap", v.flatten(0, 1), theirs(x), copy.deepcopy(theirs).double()(x.double()))
+
+
+@pytest.mark.filterwarnings("ignore:sk_fused")
+@pytest.mark.parametrize("name", UNITS)
+def test_gradients_per_image_are_compiled(name: str):
+    unit, theirs = (unit.eval() for unit in pair(**UNITS[name]))
+    (x,) = batches(1, (3, UNITS[name]["in_channels"], 9, 7))
+
+    def loss(parameters: dict[str, Tensor], image: Tensor, of: nn.Module) -> Tensor:
+        return torch.func.functional_call(of, parameters, (image[None],)).square().sum()
+
+    gradients = []
+    for of, dtype, compiler in ((unit, torch.float32, partial(torch.compile, fullgraph=True)), (theirs, torch.float32, lambda f: f), (copy.deepcopy(theirs).double(), torch.float64, lambda f: f)):
+        parameters = {key: parameter.detach() for key, parameter in of.named_parameters()}
+        per_image = compiler(torch.vmap(torch.func.grad(partial(loss, of=of)), (None, 0)))
+        gradients.append(per_image(parameters, x.to(dtype)))
+    for key, ours in gradients[0].items():
+        assert_within(key, ours, gradients[1][key], gradients[2][key])
 
 
 def test_a_network_has_no_graph_break():

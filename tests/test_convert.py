@@ -5,6 +5,7 @@ import io
 import pickle
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -74,6 +75,25 @@ def test_a_unit_itself():
     unit = SelectiveKernel(8)
     (entry,) = sk_fused.fuse(unit).units
     assert entry == ("", True, None) and type(unit) is FusedSelectiveKernel
+
+
+def test_what_is_not_fused_is_reported_once_by_the_name_of_the_module():
+    net = nn.Sequential(*(SelectiveKernel(8, act_layer=act) for act in (nn.GELU, nn.ReLU, nn.GELU)), SelectiveKernel(8))
+    net[3].attn.act = nn.GELU()
+    report = sk_fused.fuse(net)
+    reasons = ["paths.0 has the activation GELU", None, "paths.0 has the activation GELU", "attn.act is a GELU"]
+    assert [(unit.name, unit.reason) for unit in report.units] == [*zip("0123", reasons)]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            net(torch.randn(2, 8, 5, 5))
+    assert [str(warning.message) for warning in said if "sk_fused" in str(warning.message)] == [
+        "sk_fused fuses only the attention of the SelectiveKernel 0: paths.0 has the activation GELU",
+        "sk_fused fuses only the attention of the SelectiveKernel 2: paths.0 has the activation GELU",
+        "sk_fused runs the SelectiveKernel 3 unfused: attn.act is a GELU",
+    ]
+    sk_fused.unfuse(net)
+    assert not any("name_in_model" in module.__dict__ for module in net.modules())
 
 
 def test_checkpoints_load_strictly_both_ways():

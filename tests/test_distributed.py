@@ -62,6 +62,10 @@ def scenarios(rank: int) -> dict[str, dict]:
                     with Collectives() as collectives:
                         result = step(unit, x, g, torch.enable_grad())
                     results[f"sync {name} {converter} {order} {batch}"] = {"collectives": collectives.names, "why_not": unit.why_not(), **result}
+        x, g = (part(tensor, SIZES["unequal"], rank) for tensor in data(7))
+        compiled = CONVERTERS["timm"](pair(**arguments)[0])
+        compiled.compile(fullgraph=True)
+        results[f"compiled {name}"] = step(compiled, x, g, torch.enable_grad())
     unit = sk_fused.FusedSelectiveKernelAttn(6, 2, 5)
     nn.init.normal_(unit.fc_select.weight, generator=torch.Generator().manual_seed(0))
     nn.init.normal_(unit.fc_reduce.weight, generator=torch.Generator().manual_seed(1))
@@ -180,6 +184,13 @@ def test_synchronised_batch_norms(name: str, converter: str, order: str, batch: 
         assert result.pop("why_not") is None
         assert result.pop("collectives") == ["all_gather_into_tensor"] * 2 + ["all_reduce"] * 2
     assert_all_within(joined(results), *single(pair(**UNITS[name])[1], *data(sum(SIZES[batch]))))
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_synchronised_batch_norms_compiled(name: str, ranks: list[dict[str, dict]]):
+    """In one graph, with the collectives in it."""
+    results = [rank[f"compiled {name}"] for rank in ranks]
+    assert_all_within(joined(results), *single(pair(**UNITS[name])[1], *data(7)))
 
 
 def test_synchronised_attention(ranks: list[dict[str, dict]]):

@@ -66,6 +66,19 @@ def test_exported_program_runs_in_a_fresh_process(units: tuple[nn.Module, nn.Mod
     assert_agrees(torch.load(tmp_path / "v.pt"), units, other)
 
 
+@pytest.mark.filterwarnings("ignore:sk_fused")
+def test_exported_program_has_no_gradients_and_says_so(units: tuple[nn.Module, nn.Module]):
+    program = torch.export.export(units[0].train(), (torch.randn(3, 16, 6, 5),))
+    v = program.module()(torch.randn(3, 16, 6, 5))
+    with pytest.raises(RuntimeError, match="derivative for sk_fused::.* is not implemented"):
+        v.sum().backward()
+    with sk_fused.use_backend("reference"):
+        program = torch.export.export(units[0], (torch.randn(3, 16, 6, 5),))
+    exported = program.module()
+    exported(torch.randn(3, 16, 6, 5)).sum().backward()
+    assert all(parameter.grad is not None for parameter in exported.parameters())
+
+
 @pytest.mark.parametrize("name", ["split", "groups"])
 def test_aot_inductor_package_runs_in_a_fresh_process(name: str, tmp_path: Path):
     ours, theirs = (unit.eval() for unit in pair(**UNITS[name]))

@@ -45,12 +45,19 @@ class use_backend:
 def only_pytorch() -> str | None:
     """The reason why this call has to be made of PyTorch's own operators, whatever the backend, or None."""
     if torch.compiler.is_compiling():
-        return "ONNX has no operators of sk_fused" if torch.onnx.is_in_onnx_export() else None
-    if torch._C._get_tracing_state() is not None:
+        if torch.onnx.is_in_onnx_export():
+            return "ONNX has no operators of sk_fused"
+    elif torch._C._get_tracing_state() is not None:
         return "a trace (TorchScript, ONNX) is to run without sk_fused"
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if _transformed():
         return "torch.func transforms and forward-mode derivatives take PyTorch's own operators only"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _transformed() -> bool:
+    """By torch.func; under torch.compile, as it compiles, which is done for each transform anew."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def choose(branches: Sequence[Tensor]) -> ModuleType:
