@@ -37,6 +37,7 @@ bench-all: setup $(VENV)/peers
 	$(BIN)/python -m benchmarks.passes
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.cold_start
 	$(BIN)/python -m benchmarks.check
 	$(BIN)/python -m benchmarks.report

@@ -1,57 +1,54 @@
-"""Host time: one unit on inputs so small that the work of Python and of PyTorch's dispatcher is most of it, eager, one thread.
+"""The host's time: a unit on maps so small that the work of Python and of PyTorch's dispatcher is most of it, eager, one
+thread, timm beside sk_fused."""
 
-    python -m benchmarks.overhead
-"""
-
-import argparse
-import copy
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 
 import torch
 
 from . import harness
+from .cases import Case
+from .contenders import CONTENDERS, Settings, entries, exact
+from .harness import MODES, PAIR, Benchmark
 
-harness.let_timm_import()
-
-from timm.layers import SelectiveKernel  # noqa: E402
-
-import sk_fused  # noqa: E402
-
+SIZE = 4
 UNITS = {
-    "skresnet18, 64 channels": dict(in_channels=64, rd_ratio=1 / 8, rd_divisor=16),
-    "skresnext50, 128 channels": dict(in_channels=128, groups=32, split_input=False, rd_divisor=32),
+    "8 ch": dict(in_channels=8),
+    "64 ch, split": dict(in_channels=64, rd_ratio=1 / 8, rd_divisor=16),
+    "128 ch, 32 groups": dict(in_channels=128, groups=32, split_input=False, rd_divisor=32),
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=1.0, help="for every row")
-    seconds = parser.parse_args().seconds
+def rows(arguments: Namespace) -> Iterator[dict]:
+    settings = Settings(arguments.device, arguments.precision)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    rows = []
-    for name, arguments in UNITS.items():
-        for batch in (1, 2):
-            units = {"timm": SelectiveKernel(**arguments)}
-            units["sk_fused"] = copy.deepcopy(units["timm"])
-            sk_fused.fuse(units["sk_fused"])
-            x = torch.randn(batch, arguments["in_channels"], 7, 7)
-            g = torch.randn_like(units["timm"].eval()(x))
-            for mode in ("inference", "eval, forward and backward", "training, forward", "training, forward and backward"):
-                # One image has no statistics for the attention's batch-norm.
-                if mode.startswith("training") and batch == 1:
-                    continue
-                contenders = {}
-                for contender, unit in units.items():
-                    unit.train(mode.startswith("training"))
-                    leaf = x.clone().requires_grad_()
-                    contenders[contender] = {
-                        "inference": harness.evaluation(unit, x),
-                        "training, forward": lambda unit=unit, leaf=leaf: unit(leaf),
-                    }.get(mode) or harness.training_step(unit, leaf, g)
-                times = harness.interleaved(contenders, seconds, min_rounds=200)
-                medians = [1e3 * harness.summary(times[contender])["median_ms"] for contender in ("timm", "sk_fused")]
-                rows.append([name, str(batch), mode, *(f"{median:.0f}" for median in medians), f"{medians[1] / medians[0]:.2f}"])
-    harness.show("Host time, µs", ["unit at 7 × 7", "images", "", "timm", "sk_fused", "ratio"], rows)
+    for name in harness.progress(list(UNITS), "units"):
+        case = Case(UNITS[name], SIZE)
+        unit, (x, g) = case.unit().to(arguments.device), case.tensors(arguments.batch, arguments.device)
+        row = {"unit": f"{name}, {SIZE}²"}
+        for mode in MODES:
+            runs = entries({side: CONTENDERS[side] for side in PAIR}, unit, x, g, mode, settings)
+            row[mode] = harness.race(runs, exact(unit, x, g, mode, settings), arguments.seconds, arguments.device)
+        yield row
+    torch.set_num_threads(threads)
 
+
+def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    cells = []
+    for row in rows:
+        for mode, title in MODES.items():
+            times = [f"{1e3 * row[mode][side]['median_ms']:.0f}" if "median_ms" in row[mode][side] else row[mode][side]["error"] for side in PAIR]
+            ratio = row[mode]["sk_fused"]["ratio"].get("timm")
+            cells.append([row["unit"], title, *times, f"{ratio[1]:.2f} ({ratio[0]:.2f}–{ratio[2]:.2f})" if ratio else ""])
+    return ["unit", "mode", *(f"{side}, µs" for side in PAIR), "sk_fused ÷ timm (quartiles)"], cells
+
+
+def options(parser: ArgumentParser) -> None:
+    parser.set_defaults(seconds=3.0)
+
+
+BENCHMARK = Benchmark("overhead", __doc__, rows, table, options=options, quick={"seconds": 0.5})
 
 if __name__ == "__main__":
-    main()
+    harness.command(BENCHMARK)

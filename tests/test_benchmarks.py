@@ -10,7 +10,7 @@ from benchmarks import harness, machine
 harness.let_timm_import()
 
 import timm  # noqa: E402
-from benchmarks import cases, check, contenders, instructions, memory, models, passes, report, scaling, units  # noqa: E402
+from benchmarks import cases, check, contenders, instructions, memory, models, overhead, passes, report, scaling, units  # noqa: E402
 from benchmarks.harness import OURS, Entry, Step  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -192,6 +192,12 @@ def test_passes_of_every_kernel(tmp_path: Path):
     speed = select["speed"]["reference"]
     assert speed["GBps"] == pytest.approx(select["bytes"] / select["backends"]["sk_fused:reference"]["median_ms"] / 1e6)
     assert path.with_suffix(".png").exists()
+
+
+def test_overhead_of_every_unit(tmp_path: Path):
+    result = json.loads(harness.command(overhead.BENCHMARK, ["--quick", "--seconds", "0", "--results", str(tmp_path)]).read_text())
+    assert len(result["rows"]) == len(overhead.UNITS)
+    assert all(row[mode]["sk_fused"]["ratio"]["timm"][1] > 0 for row in result["rows"] for mode in harness.MODES)
 
 
 def test_every_native_operator_is_a_pass():
