@@ -44,12 +44,12 @@ class BatchNorm(NamedTuple):
 
     def check(self, name: str, shape: Sequence[int], device: torch.device) -> None:
         """Raises a ValueError if the vectors do not fit a batch of this shape; F.batch_norm's if it has no variance."""
-        length = tuple(shape[1:2])
+        length = shape[1:2]
         for field, vector in zip(self._fields, self[:4]):
             if vector is not None and (vector.shape != length or vector.device != device):
-                raise ValueError(f"{name}: expected {field} of shape {length} on {device}, got {tuple(vector.shape)} on {vector.device}")
-        missing = [field for field in ("running_mean", "running_var") if getattr(self, field) is None]
-        if len(missing) == 1 or missing and not self.training:
+                raise ValueError(f"{name}: expected {field} of shape {tuple(length)} on {device}, got {tuple(vector.shape)} on {vector.device}")
+        if (self.running_mean is None) != (self.running_var is None) or self.running_mean is None and not self.training:
+            missing = [field for field in ("running_mean", "running_var") if getattr(self, field) is None]
             raise ValueError(f"{name}: expected running statistics with training={self.training}, got None for {', '.join(missing)}")
         if self.training and self.group is None and shape[0] == 1 and all(size == 1 for size in shape[2:]):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")

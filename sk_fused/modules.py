@@ -32,6 +32,11 @@ def _timm_twin(module: nn.Module) -> nn.Module:
     return twin
 
 
+def _called(module: nn.Module) -> str:
+    """What a warning calls a unit: by its name in the model, where `fuse` has seen it there."""
+    return f"the SelectiveKernel {module.name_in_model}" if module.name_in_model else "a SelectiveKernel"
+
+
 class FusedSelectiveKernel(nn.Module):
     """The Selective Kernel unit (Li et al., Selective Kernel Networks, section 3.1), as timm has it, with the work after
     the branches' convolutions fused.
@@ -65,6 +70,9 @@ class FusedSelectiveKernel(nn.Module):
     """
 
     __prepare_scriptable__ = _timm_twin
+
+    # Set by `fuse`, for warnings.
+    name_in_model: str = ""
 
     def __init__(
         self,
@@ -125,19 +133,20 @@ class FusedSelectiveKernel(nn.Module):
         return self._why_not_attn() or self._why_not_layers() or functional.why_not_together([_batch_norm(path.bn) for path in self.paths])
 
     def _why_not_attn(self) -> str | None:
-        if type(self.attn) is not FusedSelectiveKernelAttn:
-            return f"attn is a {type(self.attn).__name__}"
-        return "attn has hooks" if _hooked(self.attn) else self.attn.why_not()
+        attn = self._modules["attn"]
+        if type(attn) is not FusedSelectiveKernelAttn:
+            return f"attn is a {type(attn).__name__}"
+        return "attn has hooks" if _hooked(attn) else attn.why_not()
 
     def _why_not_layers(self) -> str | None:
         """Of the branches."""
         first = None
-        for i, path in enumerate(self.paths):
+        for i, path in enumerate(self._branches()):
             if type(path).__name__ != "ConvNormAct":
                 return f"paths.{i} is a {type(path).__name__}"
-            bn = path.bn
-            if path._modules.get("aa") is not None:
-                return f"paths.{i} has the anti-aliasing layer {type(path.aa).__name__}"
+            bn, aa = path._modules["bn"], path._modules.get("aa")
+            if aa is not None:
+                return f"paths.{i} has the anti-aliasing layer {type(aa).__name__}"
             if type(bn).__name__ not in _BRANCH_NORMS:
                 return f"paths.{i} has the norm layer {type(bn).__name__}"
             drop, act = bn._modules.get("drop"), bn._modules.get("act")
@@ -155,28 +164,28 @@ class FusedSelectiveKernel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        attn, paths = self.attn, [*self.paths]
+        attn, paths = self._modules["attn"], self._branches()
         reason = self._why_not_attn()
-        attn_norm = None if reason else _batch_norm(attn.bn)
+        attn_norm = None if reason else _batch_norm(attn._modules["bn"])
         # An empty batch has no statistics, unless others have some; PyTorch's own semantics for it are timm's.
         if reason or x.shape[0] == 0 and attn_norm.group is None:
             if reason:
-                warn_once(f"sk_fused runs a SelectiveKernel unfused: {reason}")
+                warn_once(f"sk_fused runs {_called(self)} unfused: {reason}")
             u = torch.stack([_branch(path, x_m) for path, x_m in zip(paths, self._inputs(x))], 1)
             return (u * attn(u)).sum(1).to(u.dtype)
         fc_reduce, fc_select = attn.fc_reduce.weight, attn.fc_select.weight
         reason = self._why_not_layers()
-        bns = [] if reason else [path.bn for path in paths]
+        bns = [] if reason else [path._modules["bn"] for path in paths]
         norms = [_batch_norm(bn) for bn in bns]
         reason = reason or functional.why_not_together(norms)
         if reason:
-            warn_once(f"sk_fused fuses only the attention of a SelectiveKernel: {reason}")
+            warn_once(f"sk_fused fuses only the attention of {_called(self)}: {reason}")
             us = [_branch(path, x_m) for path, x_m in zip(paths, self._inputs(x))]
             v = functional.selective_kernel(us, _identity(us), fc_reduce, attn_norm, fc_select, "identity")
             _count_batch(attn.bn)
             return v
         activation = _activation(bns[0]._modules.get("act"))
-        convs = [path.conv for path in paths]
+        convs = [path._modules["conv"] for path in paths]
         weights = [conv.weight for conv in convs]
         convolution = convs[0].stride[0], [conv.dilation[0] for conv in convs], convs[0].groups
         if self._are_plain(convs) and functional.why_not_convolved(x, weights, *convolution) is None:
@@ -188,10 +197,14 @@ class FusedSelectiveKernel(nn.Module):
             ys = [conv(x_m) for conv, x_m in zip(convs, xs)]
             return functional.selective_kernel(ys, norms, fc_reduce, attn_norm, fc_select, *activation)
 
-        xs = self._inputs(x)
-        v = self._few_at_once(unit, x, xs) if self._images_are_independent(attn_norm, *norms) else unit(xs)
+        xs, images = self._inputs(x), self._images_in_cache(x)
+        v = self._few_at_once(unit, x, xs, images) if images < x.shape[0] and self._images_are_independent(attn_norm, *norms) else unit(xs)
         _count_batch(attn.bn, *bns)
         return v
+
+    def _branches(self) -> list[nn.Module]:
+        # nn.Module's attributes cost more than all else that is asked here of a module.
+        return [*self._modules["paths"]._modules.values()]
 
     def _inputs(self, x: Tensor) -> Sequence[Tensor]:
         """Of the branches."""
@@ -220,13 +233,16 @@ class FusedSelectiveKernel(nn.Module):
             and not torch.jit.is_tracing()
         )
 
-    def _few_at_once(self, unit: Callable[[Sequence[Tensor]], Tensor], x: Tensor, xs: Sequence[Tensor]) -> Tensor:
-        """`unit`, on a CPU a few images at a time, so that their branches stay in cache until they are selected."""
-        stride = self.paths[0].conv.stride
+    def _images_in_cache(self, x: Tensor) -> int:
+        """On a CPU, of how many images the branches stay in cache until they are selected; at least one."""
+        if x.device.type != "cpu":
+            return x.shape[0]
+        stride = self._branches()[0]._modules["conv"].stride
         image = self.num_paths * self.out_channels * (x.shape[2] // stride[0]) * (x.shape[3] // stride[1]) * x.element_size()
-        images = max(1, _CACHE_BYTES // max(1, image))
-        if x.device.type != "cpu" or images >= x.shape[0]:
-            return unit(xs)
+        return max(1, _CACHE_BYTES // max(1, image))
+
+    def _few_at_once(self, unit: Callable[[Sequence[Tensor]], Tensor], x: Tensor, xs: Sequence[Tensor], images: int) -> Tensor:
+        """`unit`, this many images at a time."""
         parts = zip(*(x_m.split(images) for x_m in xs))
         first = unit(next(parts))
         layout = torch.contiguous_format if first.is_contiguous() else torch.channels_last
@@ -260,6 +276,9 @@ class FusedSelectiveKernelAttn(nn.Module):
 
     __prepare_scriptable__ = _timm_twin
 
+    # Of the unit that it is part of.
+    name_in_model: str = ""
+
     def __init__(
         self,
         channels: int,
@@ -281,15 +300,17 @@ class FusedSelectiveKernelAttn(nn.Module):
         """The reason why this attention, as it stands, is not fused, or None."""
         if _has_any_global_hook():
             return "hooks are registered on all modules"
-        if type(self.bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
-            return f"attn.bn is a {type(self.bn).__name__}"
-        if type(self.act) is not nn.ReLU:
-            return f"attn.act is a {type(self.act).__name__}"
+        layers = self._modules
+        bn, act = layers["bn"], layers["act"]
+        if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+            return f"attn.bn is a {type(bn).__name__}"
+        if type(act) is not nn.ReLU:
+            return f"attn.act is a {type(act).__name__}"
         for name in ("fc_reduce", "fc_select"):
-            conv = self._modules[name]
+            conv = layers[name]
             if type(conv) is not nn.Conv2d or conv.kernel_size != (1, 1) or conv._parameters["bias"] is not None or conv.groups != 1:
                 return f"attn.{name} is not a 1 × 1 convolution without bias and groups: {conv}"
-        if _hooked(self.fc_reduce, self.bn, self.act, self.fc_select):
+        if _hooked(layers["fc_reduce"], bn, act, layers["fc_select"]):
             return "the layers of attn have hooks"
         return None
 
@@ -302,7 +323,7 @@ class FusedSelectiveKernelAttn(nn.Module):
         if reason or x.shape[0] == 0:
             if reason:
                 # The same sentence as the unit's, which may just have said it.
-                warn_once(f"sk_fused runs a SelectiveKernel unfused: {reason}")
+                warn_once(f"sk_fused runs {_called(self)} unfused: {reason}")
             logits = self.fc_select(self.act(self.bn(self.fc_reduce(s[..., None, None]))))
             return logits.unflatten(1, (self.num_paths, -1)).softmax(1)
         a = functional.attend(s, self.fc_reduce.weight, _batch_norm(self.bn), self.fc_select.weight)
