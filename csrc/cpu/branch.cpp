@@ -107,7 +107,6 @@ template <class A>
 void join_moments(const A* moments, const A* missed, const Segments& segments, int64_t B, int64_t HW, int64_t channels, A* mean, A* var) {
   const int64_t parts = B * segments.per_image;
   const double count = static_cast<double>(B) * HW;
-  std::vector<double> average(channels), square(channels);
   const auto pixels = [&](int64_t part) {
     return static_cast<double>(std::min(segments.pixels, HW - part % segments.per_image * segments.pixels));
   };
@@ -115,21 +114,24 @@ void join_moments(const A* moments, const A* missed, const Segments& segments, i
   const auto mean_of = [&](int64_t part, double n, int64_t c) {
     return moments[part * 2 * channels + c] + missed[part * channels + c] / n;
   };
-  for (int64_t part = 0; part < parts; ++part) {
-    const double n = pixels(part);
-    for (int64_t c = 0; c < channels; ++c) average[c] += n / count * mean_of(part, n, c);
-  }
-  for (int64_t part = 0; part < parts; ++part) {
-    const double n = pixels(part);
-    for (int64_t c = 0; c < channels; ++c) {
-      const double d = mean_of(part, n, c) - average[c], sum = missed[part * channels + c];
-      square[c] += moments[(part * 2 + 1) * channels + c] - sum * (sum / n) + n * d * d;
+  at::parallel_for(0, channels, grain(4 * parts), [&](int64_t first, int64_t last) {
+    std::vector<double> average(last - first), square(last - first);
+    for (int64_t part = 0; part < parts; ++part) {
+      const double n = pixels(part);
+      for (int64_t c = first; c < last; ++c) average[c - first] += n / count * mean_of(part, n, c);
     }
-  }
-  for (int64_t c = 0; c < channels; ++c) {
-    mean[c] = static_cast<A>(average[c]);
-    var[c] = static_cast<A>(square[c] / count);
-  }
+    for (int64_t part = 0; part < parts; ++part) {
+      const double n = pixels(part);
+      for (int64_t c = first; c < last; ++c) {
+        const double d = mean_of(part, n, c) - average[c - first], sum = missed[part * channels + c];
+        square[c - first] += moments[(part * 2 + 1) * channels + c] - sum * (sum / n) + n * d * d;
+      }
+    }
+    for (int64_t c = first; c < last; ++c) {
+      mean[c] = static_cast<A>(average[c - first]);
+      var[c] = static_cast<A>(square[c - first] / count);
+    }
+  });
 }
 
 template void join_moments<float>(const float*, const float*, const Segments&, int64_t, int64_t, int64_t, float*, float*);
