@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup test bench bench-all bench-check report clean
+.PHONY: setup test bench bench-all bench-check gpu report clean
 setup: $(VENV)/built
 
 # One pip call: torch is pinned in it, so nothing fetches another build of torch.
@@ -45,6 +45,10 @@ bench-all: setup $(VENV)/peers
 # What got slower since the committed results of this kind of device.
 bench-check: setup
 	$(BIN)/python -m benchmarks.check --quick $(ARGS)
+
+# All that needs a GPU, with the Python, torch and triton that the machine has.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 report: setup
 	$(BIN)/python -m benchmarks.report

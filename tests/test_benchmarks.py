@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic, their command lines, and that what the README says is what was measured."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from benchmarks import harness, machine
 harness.let_timm_import()
 
 import timm  # noqa: E402
-from benchmarks import cases, check, contenders, instructions, memory, models, overhead, passes, report, scaling, units  # noqa: E402
+from benchmarks import cases, check, contenders, gpu, instructions, memory, models, overhead, passes, report, scaling, units  # noqa: E402
 from benchmarks.harness import OURS, Entry, Step  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -198,6 +199,19 @@ def test_overhead_of_every_unit(tmp_path: Path):
     result = json.loads(harness.command(overhead.BENCHMARK, ["--quick", "--seconds", "0", "--results", str(tmp_path)]).read_text())
     assert len(result["rows"]) == len(overhead.UNITS)
     assert all(row[mode]["sk_fused"]["ratio"]["timm"][1] > 0 for row in result["rows"] for mode in harness.MODES)
+
+
+def test_stages_on_a_gpu_go_on_where_one_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    scripts = {"good": "print('all well')", "bad": "raise SystemExit('no GPU')", "slow": "import time; time.sleep(60)", "last": "print('done')"}
+    stages = [gpu.Stage(name, [sys.executable, "-c", script], 1 if name == "slow" else 60) for name, script in scripts.items()]
+    monkeypatch.setattr(gpu, "stages", lambda results: stages)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--logs", str(tmp_path / "logs")])
+    with pytest.raises(SystemExit) as status:
+        gpu.main()
+    assert status.value.code == 1
+    verdicts = [" ".join(line.split()[1:3]) for line in capsys.readouterr().out.strip().splitlines()[-4:]]
+    assert verdicts[0].startswith("passed") and verdicts[1:3] == ["failed (1)", "given up"] and verdicts[3].startswith("passed")
+    assert (tmp_path / "logs" / "bad.log").read_text() == "no GPU\n"
 
 
 def test_every_native_operator_is_a_pass():

@@ -1,0 +1,199 @@
+"""On a GPU, for every backend that runs there: `make gpu`. Elsewhere there is nothing to test; tests/test_triton.py and
+tests/test_cuda.py run the same kernels without one."""
+
+from collections.abc import Iterator
+from functools import partial
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import sk_fused
+from sk_fused.backends import BACKENDS
+from sk_fused.functional import ACTIVATIONS
+
+from .parity import DTYPES, LAYOUTS, assert_parity, batches, pair, step
+from .test_operators import HIDDEN, OPERATORS, PASSES, SHAPES, assert_matches_reference, flat, operands
+
+if not torch.cuda.is_available():
+    pytest.skip("there is no GPU", allow_module_level=True)
+
+
+@pytest.fixture(params=[name for name in BACKENDS if name != "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """Every backend that takes tensors on a GPU, forced."""
+    module = BACKENDS[request.param]
+    reason = module.why_not([torch.empty(1, 1, 1, 1, device="cuda")])
+    if reason:
+        pytest.skip(reason)
+    with sk_fused.use_backend(request.param):
+        yield module
+
+
+@pytest.fixture(autouse=True)
+def _ieee() -> Iterator[None]:
+    """PyTorch's float32 convolutions and products are IEEE's, and so ours; where a test does not say otherwise."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def to_gpu(value):
+    """The operands of an operator, there."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(to_gpu, value))
+    return value.cuda() if isinstance(value, Tensor) else value
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", PASSES)
+def test_operator_matches_reference(backend: ModuleType, name: str, shape: tuple, dtype: torch.dtype, layout: str):
+    for activation in ACTIVATIONS:
+        arguments = to_gpu(operands(shape, dtype, layout, activation)[name])
+        assert_matches_reference(name, arguments, dtype, backend)
+        if name == "squeeze":
+            assert_matches_reference(name, (*arguments[:-1], 1), dtype, backend)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 256, 512, 1, 1), (3, 1024, 64, 1, 1), (2, 33, 2048, 1, 1)], ids=str)
+def test_small_operators_match_reference(backend: ModuleType, shape: tuple, dtype: torch.dtype):
+    for activation in HIDDEN:
+        arguments = to_gpu(operands(shape, dtype, activation=activation))
+        given = arguments["attend"]
+        assert_matches_reference("attend", given, dtype, backend)
+        assert_matches_reference("attend", (*given[:3], None, None, None, None, *given[7:-1], None), dtype, backend)
+        for name in ("attend_backward", "fold_backward"):
+            assert_matches_reference(name, arguments[name], dtype, backend)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_two_runs_agree_to_the_bit(backend: ModuleType, name: str, layout: str):
+    arguments = to_gpu(operands((2, 16, 128, 28, 28), torch.bfloat16, layout)[name])
+    first, second = (flat(getattr(backend, name)(*arguments)) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+UNITS = {
+    "split": dict(in_channels=64, rd_ratio=1 / 8, rd_divisor=16),
+    "stride": dict(in_channels=32, out_channels=64, stride=2, act_layer=nn.SiLU),
+    "4 a group": dict(in_channels=64, groups=16, split_input=False),
+    "4 a group, stride": dict(in_channels=64, groups=16, split_input=False, stride=2),
+    "16 a group": dict(in_channels=64, groups=4, split_input=False),
+    "depthwise": dict(in_channels=32, groups=32, split_input=False),
+    "three branches": dict(in_channels=24, kernel_size=[3, 5, 7], act_layer=partial(nn.LeakyReLU, 0.1)),
+}
+
+
+@pytest.mark.parametrize("tf32", [False, True], ids=["ieee", "tf32"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("name", UNITS)
+def test_unit_matches_timm(backend: ModuleType, name: str, mode: str, layout: str, tf32: bool):
+    torch.backends.cudnn.allow_tf32 = tf32
+    units = [unit.cuda().train(mode == "train") for unit in pair(layout=layout, **UNITS[name])]
+    assert_parity(*units, to_gpu(batches(2, (8, UNITS[name]["in_channels"], 14, 14), layout=layout)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["split", "4 a group"])
+def test_autocast(backend: ModuleType, name: str, dtype: torch.dtype):
+    units = [unit.cuda() for unit in pair(layout="channels_last", **UNITS[name])]
+    x = to_gpu(batches(1, (8, 64, 14, 14), layout="channels_last"))
+    assert_parity(*units, x, autocast=partial(torch.autocast, "cuda", dtype=dtype))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("name", ["split", "4 a group"])
+def test_large_batch(backend: ModuleType, name: str, mode: str, layout: str):
+    """256 images of 56²."""
+    units = [unit.cuda().train(mode == "train") for unit in pair(torch.bfloat16, layout, **UNITS[name])]
+    assert_parity(*units, to_gpu(batches(1, (256, 64, 56, 56), torch.bfloat16, layout)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["split", "4 a group"])
+def test_eval_unit(backend: ModuleType, name: str, layout: str):
+    """Without gradients the unit may take another road."""
+    ours, theirs = (unit.cuda().eval() for unit in pair(layout=layout, **UNITS[name]))
+    (x,) = to_gpu(batches(1, (40, 64, 28, 28), layout=layout))
+    with torch.no_grad():
+        v = ours(x)
+        assert v.is_contiguous(memory_format=LAYOUTS[layout])
+        torch.testing.assert_close(v, theirs(x), rtol=1e-3, atol=1e-4)
+
+
+def launched(run) -> list[str]:
+    """The names of the kernels that one call launches, after a first."""
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        run()
+        torch.cuda.synchronize()
+    return [event.name for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("Mem")]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_launches_beside_the_convolutions(backend: ModuleType, layout: str):
+    """What the unit launches and its convolutions alone do not: at most 6 forward in training, and what moves the running
+    statistics and counts the batch; 6 backward; 3 in eval."""
+    unit = pair(torch.bfloat16, layout, in_channels=64)[0].cuda()
+    (x,) = to_gpu(batches(1, (16, 64, 14, 14), torch.bfloat16, layout))
+    x.requires_grad_()
+    convs, parts = [path.conv for path in unit.paths], x.split(32, 1)
+    convolutions = launched(lambda: [conv(part) for conv, part in zip(convs, parts)])
+    bookkeeping = 4
+    assert len(launched(lambda: unit(x))) - len(convolutions) <= 6 + bookkeeping
+    outputs = [conv(part) for conv, part in zip(convs, parts)]
+    gradients = [torch.ones_like(y) for y in outputs]
+    alone = launched(lambda: torch.autograd.backward(outputs, gradients, retain_graph=True))
+    v = unit(x)
+    g = torch.ones_like(v)
+    assert len(launched(lambda: v.backward(g, retain_graph=True))) - len(alone) <= 6
+    with torch.no_grad():
+        assert len(launched(lambda: unit.eval()(x))) - len(convolutions) <= 3
+
+
+def test_cuda_graph(backend: ModuleType):
+    """A training step captured and replayed gives what it gives when it is called."""
+    unit = pair(layout="channels_last", **UNITS["split"])[0].cuda().eval()
+    (x,) = to_gpu(batches(1, (8, 64, 14, 14), layout="channels_last"))
+    expected = step(unit, x, None, torch.enable_grad())
+    leaf = x.clone().requires_grad_()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            torch.autograd.grad(unit(leaf).sum(), leaf)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        v = unit(leaf)
+        (dx,) = torch.autograd.grad(v.sum(), leaf)
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(v, expected["output"], rtol=0, atol=0)
+    torch.testing.assert_close(dx, expected["x.grad"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [dict(fullgraph=True), dict(fullgraph=True, mode="reduce-overhead")], ids=str)
+def test_compiled(backend: ModuleType, options: dict):
+    torch._dynamo.reset()
+    torch.use_deterministic_algorithms(False)
+    ours, theirs = (unit.cuda() for unit in pair(layout="channels_last", **UNITS["split"]))
+    ours.compile(**options)
+    assert_parity(ours, theirs, to_gpu(batches(3, (8, 64, 14, 14), layout="channels_last")))
+
+
+def test_a_gpu_that_is_not_the_current_one(backend: ModuleType):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    ours, theirs = (unit.to("cuda:1") for unit in pair(**UNITS["split"]))
+    assert_parity(ours, theirs, [x.to("cuda:1") for x in batches(1, (8, 64, 14, 14))])
