@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional
@@ -35,6 +35,17 @@ def _timm_twin(module: nn.Module) -> nn.Module:
 def _called(module: nn.Module) -> str:
     """What a warning calls a unit: by its name in the model, where `fuse` has seen it there."""
     return f"the SelectiveKernel {module.name_in_model}" if module.name_in_model else "a SelectiveKernel"
+
+
+def leaf(module: nn.Module, x: fx.Proxy) -> fx.Proxy:
+    """The call of `module` as one node of an fx trace, whose proxies have no shapes to look at.
+
+    Raises:
+        TypeError: `module` is all that is traced.
+    """
+    if x.tracer.root is module:
+        raise TypeError(f"{type(module).__name__} is one node of an fx trace: trace a module that holds it")
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
 
 
 class FusedSelectiveKernel(nn.Module):
@@ -163,6 +174,8 @@ class FusedSelectiveKernel(nn.Module):
         return None
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return leaf(self, x)
         self._check(x)
         attn, paths = self._modules["attn"], self._branches()
         reason = self._why_not_attn()
@@ -315,6 +328,8 @@ class FusedSelectiveKernelAttn(nn.Module):
         return None
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return leaf(self, x)
         if x.dim() != 5 or x.shape[1] != self.num_paths:
             raise ValueError(f"x: expected shape (B, {self.num_paths}, C, H, W), got {tuple(x.shape)}")
         _check_like_weights(x, self.fc_reduce)
