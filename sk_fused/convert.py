@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from . import modules
+from .families import FAMILIES, Family, adopt, give_back
 from .modules import FusedSelectiveKernel, FusedSelectiveKernelAttn
 
 
@@ -34,16 +35,18 @@ class Report:
 
 
 def fuse(model: nn.Module) -> Report:
-    """Makes every timm SelectiveKernel and SelectiveKernelAttn in `model`, and `model` itself if it is one, the fused one.
+    """Makes every timm SelectiveKernel and SelectiveKernelAttn in `model`, and `model` itself if it is one, the fused one; and the
+    units of other projects that `families` knows.
 
     In place: a unit changes its class and nothing else, so parameters, buffers, hooks, state_dict and an optimizer made
-    before go on as they were. A unit whose attention is not timm's own, or a subclass, is left alone.
+    before go on as they were. A unit whose attention is not timm's own, or a subclass, is left alone; so is what has the name of
+    another project's unit, but not its layers.
     """
-    return _convert(model, _timm_to_fused())
+    return _convert(model, _timm_to_fused(), FAMILIES)
 
 
 def unfuse(model: nn.Module) -> Report:
-    """The way back: every fused unit in `model` becomes timm's again. Needs timm.
+    """The way back: every fused unit in `model` becomes timm's, or its project's, again. What is timm's needs timm.
 
     Raises:
         ImportError: there is something to unfuse, and timm is not installed.
@@ -56,7 +59,7 @@ def unfuse(model: nn.Module) -> Report:
             timm_class = {modules.BatchNormAct2d: BatchNormAct2d, modules.ConvNormAct: ConvNormAct}.get(type(module))
             if timm_class:
                 module.__class__ = timm_class
-    return _convert(model, {fused: timm for timm, fused in _timm_to_fused().items()})
+    return _convert(model, {fused: timm for timm, fused in _timm_to_fused().items()}, {})
 
 
 def _timm_to_fused() -> dict[type[nn.Module], type[nn.Module]]:
@@ -65,13 +68,25 @@ def _timm_to_fused() -> dict[type[nn.Module], type[nn.Module]]:
     return {timm.SelectiveKernel: FusedSelectiveKernel, timm.SelectiveKernelAttn: FusedSelectiveKernelAttn} if timm else {}
 
 
-def _convert(model: nn.Module, new_class: dict[type[nn.Module], type[nn.Module]]) -> Report:
+def _convert(model: nn.Module, new_class: dict[type[nn.Module], type[nn.Module]], families: dict[str, type[Family]]) -> Report:
+    """With no `families`, those of other projects are given back."""
     fused = FusedSelectiveKernel, FusedSelectiveKernelAttn
     known = (*new_class, *new_class.values(), *fused)
     inside = {id(module.attn) for module in model.modules() if hasattr(module, "attn") and hasattr(module, "paths") and isinstance(module, known)}
     units = []
     for name, module in model.named_modules():
+        family = families.get(type(module).__name__)
+        if isinstance(module, Family):
+            if not families:
+                give_back(module)
+            units.append((name, module, None))
+            continue
         if not isinstance(module, known):
+            if family:
+                reason = family.structure(module)
+                units.append((name, module, reason and f"not the {type(module).__name__} that is known: {reason}"))
+                if reason is None:
+                    adopt(module, family)
             continue
         reason = None
         if type(module) not in known:
@@ -83,6 +98,7 @@ def _convert(model: nn.Module, new_class: dict[type[nn.Module], type[nn.Module]]
         if id(module) in inside:
             continue
         units.append((name, module, reason))
+    fused = *fused, *FAMILIES.values()
     for name, module, _ in units:
         for part in (module, getattr(module, "attn", None)):
             if type(part) in fused:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 ACTIVATIONS = ("relu", "leaky_relu", "identity", "silu")
+# Of the attention, between its two products.
+ATTN_ACTIVATIONS = ("relu", "leaky_relu", "identity")
 
 
 class BatchNorm(NamedTuple):
@@ -53,6 +55,13 @@ class BatchNorm(NamedTuple):
             raise ValueError(f"{name}: expected running statistics with training={self.training}, got None for {', '.join(missing)}")
         if self.training and self.group is None and shape[0] == 1 and all(size == 1 for size in shape[2:]):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")
+
+
+def without_norm(channels: int, like: Tensor, bias: Tensor | None = None) -> BatchNorm:
+    """A batch-norm of this many channels that changes nothing, but for adding a `bias`: for layers that have none. In the dtype
+    that the sums of `like` have, and on its device."""
+    mean = like.new_zeros(channels, dtype=accumulate_dtype(like.dtype))
+    return BatchNorm(None, bias, mean, torch.ones_like(mean), training=False, eps=0.0)
 
 
 def recomputes() -> bool:
@@ -109,6 +118,9 @@ def selective_kernel(
     fc_select: Tensor,
     activation: str = "relu",
     negative_slope: float = 0.01,
+    attn_activation: str = "relu",
+    attn_negative_slope: float = 0.01,
+    select_bias: Tensor | None = None,
 ) -> Tensor:
     """The SK unit (Li et al., Selective Kernel Networks, section 3.1: fuse and select) over the branches' convolutions.
 
@@ -116,6 +128,9 @@ def selective_kernel(
         s   = (1/HW) Σ_m Σ_hw u_m                               squeeze, (B, C)
         a   = softmax_m(fc_select · relu(BN(fc_reduce · s)))    attend, (B, M, C)
         v   = Σ_m a_m·u_m                                       select, (B, C, H, W)
+
+    Other families have the same core. What they have no batch-norm for, takes `without_norm`, with the bias of fc_reduce if it
+    has one; instead of ReLU there may be another activation; and fc_select may have a bias.
 
     Args:
         branches: the M ≥ 1 branches y_m, (B, C, H, W), float32, float64, bfloat16 or float16. Contiguous and
@@ -125,6 +140,8 @@ def selective_kernel(
         attn_norm: the batch-norm over the D reduced channels.
         fc_select: (M·C, D) or (M·C, D, 1, 1).
         activation: act: "relu", "leaky_relu" (with `negative_slope`), "identity" or "silu".
+        attn_activation: in the attention: "relu", "leaky_relu" (with `attn_negative_slope`) or "identity".
+        select_bias: (M·C,), added to fc_select's product; or None.
 
     Returns:
         v, in the dtype and layout of the branches. The running statistics are updated once all has succeeded.
@@ -135,7 +152,8 @@ def selective_kernel(
         TypeError: the branches are not of one floating-point dtype.
     """
     _check(branches, norms, fc_reduce, fc_select, activation)
-    return _unit(branches, None, branches[0].shape, norms, fc_reduce, attn_norm, fc_select, activation, negative_slope)
+    acts = (activation, float(negative_slope)), (attn_activation, float(attn_negative_slope))
+    return _unit(branches, None, branches[0].shape, norms, fc_reduce, attn_norm, fc_select, select_bias, *acts)
 
 
 def convolved_selective_kernel(
@@ -180,7 +198,7 @@ def convolved_selective_kernel(
     shape = B, weights[0].shape[0], (H - 1) // stride + 1, (W - 1) // stride + 1
     _check_unit(x, shape, len(weights), norms, fc_reduce, fc_select, activation)
     convolution = stride, list(dilations), groups
-    return _unit([x, *weights], convolution, shape, norms, fc_reduce, attn_norm, fc_select, activation, negative_slope)
+    return _unit([x, *weights], convolution, shape, norms, fc_reduce, attn_norm, fc_select, None, (activation, float(negative_slope)), _RELU)
 
 
 def why_not_convolved(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int) -> str | None:
@@ -196,9 +214,14 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _unit(tensors, convolution, shape, norms, fc_reduce, attn_norm, fc_select, activation, negative_slope) -> Tensor:
+# An activation, with its negative slope.
+_RELU = "relu", 0.0
+
+
+def _unit(tensors, convolution, shape, norms, fc_reduce, attn_norm, fc_select, select_bias, act, attn_act) -> Tensor:
     """Of branches of this shape: the `tensors`, or, with a convolution (stride, dilations, groups), made from these: x and
     the weights."""
+    _check_attn_act(attn_act, select_bias, fc_select, tensors[0])
     for norm in norms:
         norm.check("norms", shape, tensors[0].device)
     attn_norm.check("attn_norm", (shape[0], fc_reduce.shape[0], 1, 1), tensors[0].device)
@@ -206,13 +229,15 @@ def _unit(tensors, convolution, shape, norms, fc_reduce, attn_norm, fc_select, a
         _SelectiveKernel,
         backends.choose(tensors),
         convolution,
-        (activation, float(negative_slope)),
+        act,
+        attn_act,
         tuple(norms),
         attn_norm,
         fc_reduce,
         attn_norm.weight,
         attn_norm.bias,
         fc_select,
+        select_bias,
         *(norm.weight for norm in norms),
         *(norm.bias for norm in norms),
         *tensors,
@@ -224,12 +249,20 @@ def _unit(tensors, convolution, shape, norms, fc_reduce, attn_norm, fc_select, a
     return v
 
 
-def attend(s: Tensor, fc_reduce: Tensor, attn_norm: BatchNorm, fc_select: Tensor) -> Tensor:
+def attend(
+    s: Tensor,
+    fc_reduce: Tensor,
+    attn_norm: BatchNorm,
+    fc_select: Tensor,
+    attn_activation: str = "relu",
+    attn_negative_slope: float = 0.01,
+    select_bias: Tensor | None = None,
+) -> Tensor:
     """The attention alone: a = softmax_m(fc_select · relu(BN(fc_reduce · s))).
 
     Args:
         s: the pooled descriptor, (B, C).
-        fc_reduce, attn_norm, fc_select: as for `selective_kernel`.
+        fc_reduce, attn_norm, fc_select, attn_activation, attn_negative_slope, select_bias: as for `selective_kernel`.
 
     Returns:
         a, (B, M, C), in the dtype of `s`.
@@ -242,8 +275,11 @@ def attend(s: Tensor, fc_reduce: Tensor, attn_norm: BatchNorm, fc_select: Tensor
         raise ValueError(f"s: expected shape (B, C), got {tuple(s.shape)}")
     _check_attention(s, s.shape[1], fc_reduce, fc_select)
     attn_norm.check("attn_norm", (s.shape[0], fc_reduce.shape[0], 1, 1), s.device)
+    attn_act = attn_activation, float(attn_negative_slope)
+    _check_attn_act(attn_act, select_bias, fc_select, s)
     pooled = s[:, None].to(accumulate_dtype(s.dtype)).contiguous()
-    a, *moments = _apply(_Attend, backends.choose([s]), attn_norm, pooled, fc_reduce, attn_norm.weight, attn_norm.bias, fc_select)
+    leaves = pooled, fc_reduce, attn_norm.weight, attn_norm.bias, fc_select, select_bias
+    a, *moments = _apply(_Attend, backends.choose([s]), attn_act, attn_norm, *leaves)
     if attn_norm.training:
         _move_running_statistics([(attn_norm, *moments)])
     return a.to(s.dtype)
@@ -256,44 +292,40 @@ def _apply(function: type[torch.autograd.Function], backend: ModuleType, *args):
     return function.forward(None, backend, *args)
 
 
-# The activation between the attention's two products, with its negative slope.
-_HIDDEN = "relu", 0.0
-
-
-def _attend(backend: ModuleType, norm: BatchNorm, pooled: Tensor, pixels: int, fc_reduce, weight, bias, fc_select):
+def _attend(backend: ModuleType, act: tuple[str, float], norm: BatchNorm, pooled: Tensor, pixels: int, fc_reduce, weight, bias, fc_select, select_bias):
     """a, s, the reduced descriptor, the mean and variance used and of how many images they are."""
     mean, var, images = None, None, pooled.shape[0]
     if not norm.training:
         mean, var = norm.running_mean, norm.running_var
     elif norm.group is not None:
-        *_, mean, var = backend.attend(pooled, pixels, fc_reduce, weight, bias, None, None, norm.eps, *_HIDDEN, fc_select, None)
+        *_, mean, var = backend.attend(pooled, pixels, fc_reduce, weight, bias, None, None, norm.eps, *act, fc_select, select_bias)
         mean, var, images = synchronize.joined_moments(mean, var, images, norm.group)
-    return *backend.attend(pooled, pixels, fc_reduce, weight, bias, mean, var, norm.eps, *_HIDDEN, fc_select, None), images
+    return *backend.attend(pooled, pixels, fc_reduce, weight, bias, mean, var, norm.eps, *act, fc_select, select_bias), images
 
 
-def _attend_backward(backend: ModuleType, norm: BatchNorm, da, a, s, reduced, mean, var, images, fc_reduce, weight, bias, fc_select):
-    """The gradients of s, fc_reduce, weight, bias and fc_select."""
+def _attend_backward(backend: ModuleType, act, norm: BatchNorm, da, a, s, reduced, mean, var, images, fc_reduce, weight, bias, fc_select):
+    """The gradients of s, fc_reduce, weight, bias, fc_select and select_bias."""
     alone = norm.training and norm.group is None
-    *gradients, _ = backend.attend_backward(da, a, s, reduced, fc_reduce, weight, bias, mean, var, norm.eps, alone, *_HIDDEN, fc_select)
+    gradients = backend.attend_backward(da, a, s, reduced, fc_reduce, weight, bias, mean, var, norm.eps, alone, *act, fc_select)
     if alone or not norm.training:
         return gradients
     # What the gradients owe to the statistics, which are those of all processes.
-    ds, dreduce, dweight, dbias, dselect = gradients
+    ds, dreduce, dweight, dbias, *dselect = gradients
     r, matrix = torch.rsqrt(var + norm.eps), fc_reduce.flatten(1).to(s.dtype)
     mean_dbias, mean_dweight = synchronize.summed(torch.stack([dbias, dweight]), norm.group) / images
     owed = (mean_dbias + (reduced - mean) * r * mean_dweight) * (r if weight is None else r * weight)
     with torch.autocast(s.device.type, enabled=False):
-        return ds - owed @ matrix, dreduce - (owed.t() @ s).view_as(dreduce), dweight, dbias, dselect
+        return ds - owed @ matrix, dreduce - (owed.t() @ s).view_as(dreduce), dweight, dbias, *dselect
 
 
 class _SelectiveKernel(torch.autograd.Function):
     """v; mean and unbiased variance of the batch, of the branches, (M, C), and of the attention, (D,), each where it is used.
 
-    Gradients are for `leaves`: fc_reduce, weight and bias of attn_norm, fc_select, the weights of the M norms, their
+    Gradients are for `leaves`: fc_reduce, weight and bias of attn_norm, fc_select, select_bias, the weights of the M norms, their
     biases, and the branches, or x and the weights of its convolutions."""
 
     @staticmethod
-    def forward(ctx, backend, convolution, act, norms, attn_norm, *leaves):
+    def forward(ctx, backend, convolution, act, attn_act, norms, attn_norm, *leaves):
         needs_grad = ctx is not None and any(ctx.needs_input_grad)
         training, group = norms[0].training, norms[0].group
         attn, weights, biases, tensors = _parted(leaves, len(norms))
@@ -306,7 +338,7 @@ class _SelectiveKernel(torch.autograd.Function):
             (x,), kernels = _in_one_layout(tensors[:1]), _in_one_layout(tensors[1:])
             if ctx is None and not training and not attn_norm.training:
                 branch_norms = weights, biases, means, variances, norms[0].eps
-                fc_reduce, *affine, fc_select = attn
+                fc_reduce, *affine, fc_select, _ = attn
                 attention = fc_reduce, *affine, attn_norm.running_mean, attn_norm.running_var, attn_norm.eps, fc_select
                 return backend.unit(x, kernels, *convolution, *branch_norms, *attention, *act),
             ys, *statistics = backend.branch(x, kernels, *convolution)
@@ -323,7 +355,7 @@ class _SelectiveKernel(torch.autograd.Function):
         # The second and third sum serve the backward.
         sums = 3 if needs_grad else 1
         mean, r, scale, bias, pooled, K = backend.squeeze(ys, weights, biases, means, variances, norms[0].eps, *act, sums)
-        a, s, reduced, attn_mean, attn_var, images = _attend(backend, attn_norm, pooled, H * W, *attn)
+        a, s, reduced, attn_mean, attn_var, images = _attend(backend, attn_act, attn_norm, pooled, H * W, *attn)
         v = backend.select(ys, mean, scale, bias, a, *act)
         if attn_norm.training:
             trained.append((attn_mean, attn_var, images))
@@ -332,20 +364,20 @@ class _SelectiveKernel(torch.autograd.Function):
             ctx.mark_non_differentiable(*moments)
             ctx.set_materialize_grads(False)
         if needs_grad:
-            ctx.backend, ctx.call, ctx.counts = backend, (convolution, act, norms, attn_norm), (count, images)
+            ctx.backend, ctx.call, ctx.counts = backend, (convolution, act, attn_act, norms, attn_norm), (count, images)
             ctx.save_for_backward(mean, r, scale, bias, *K, s, a, reduced, attn_mean, attn_var, *leaves, *(ys if convolution else ()))
         return v, *moments
 
     @staticmethod
     def backward(ctx, g, *_):
-        backend, (convolution, act, norms, attn_norm) = ctx.backend, ctx.call
-        needs = ctx.needs_input_grad[5:]
+        backend, (convolution, act, attn_act, norms, attn_norm) = ctx.backend, ctx.call
+        needs = ctx.needs_input_grad[6:]
         if g is None:
             return (None,) * len(ctx.needs_input_grad)
         mean, r, scale, bias, K1, K2, s, a, reduced, attn_mean, attn_var, *rest = ctx.saved_tensors
         leaves = rest[: len(needs)]
         if torch.is_grad_enabled():
-            return None, None, None, None, None, *_differentiable(_SelectiveKernel, ctx.call, [*norms, attn_norm], g, leaves, needs)
+            return *(None,) * 6, *_differentiable(_SelectiveKernel, ctx.call, [*norms, attn_norm], g, leaves, needs)
         training, group = norms[0].training, norms[0].group
         attn, _, _, tensors = _parted(leaves, len(norms))
         ys = rest[len(needs) :] if convolution else _in_one_layout(tensors)
@@ -355,7 +387,7 @@ class _SelectiveKernel(torch.autograd.Function):
 
         # The reducing pass: Σ g·u is the gradient of a.
         da, R1, R2 = backend.select_backward_sums(g, ys, mean, scale, bias, *act)
-        ds, *dattn = _attend_backward(backend, attn_norm, da, a, s, reduced, attn_mean, attn_var, images, *attn)
+        ds, *dattn = _attend_backward(backend, attn_act, attn_norm, da, a, s, reduced, attn_mean, attn_var, images, *attn[:4])
         alone = training and group is None
         t, dweight, dbias, p, q = backend.fold_backward(a, ds, H * W, R1, R2, K1, K2, r, scale, count if alone else 0)
 
@@ -375,12 +407,12 @@ class _SelectiveKernel(torch.autograd.Function):
                 dx, dkernels = backend.branch_backward(g, x, kernels, *convolution, ys, mean, scale, bias, a, t, p, q, *act, wanted)
                 dtensors = dx, *(dkernels or [None] * len(kernels))
         gradients = *dattn, *dweight, *dbias, *dtensors
-        return None, None, None, None, None, *(gradient if need else None for gradient, need in zip(gradients, needs))
+        return *(None,) * 6, *(gradient if need else None for gradient, need in zip(gradients, needs))
 
 
 def _parted(leaves: Sequence[Tensor | None], M: int) -> tuple[Sequence[Tensor | None], ...]:
     """Those of the attention; the weights and the biases of the branches' batch-norms; the branches, or what makes them."""
-    return leaves[:4], leaves[4 : 4 + M], leaves[4 + M : 4 + 2 * M], leaves[4 + 2 * M :]
+    return leaves[:5], leaves[5 : 5 + M], leaves[5 + M : 5 + 2 * M], leaves[5 + 2 * M :]
 
 
 def _differentiable(function, call, norms, g, leaves, needs) -> list[Tensor | None]:
@@ -397,15 +429,15 @@ def _differentiable(function, call, norms, g, leaves, needs) -> list[Tensor | No
 
 class _Attend(torch.autograd.Function):
     """a; mean and unbiased variance of the batch if they are used. `leaves`: s as (B, 1, C), fc_reduce, weight and bias of norm,
-    fc_select."""
+    fc_select, select_bias."""
 
     @staticmethod
-    def forward(ctx, backend, norm, *leaves):
+    def forward(ctx, backend, act, norm, *leaves):
         pooled, *attn = leaves
-        a, s, reduced, mean, var, images = _attend(backend, norm, pooled, 1, *attn)
+        a, s, reduced, mean, var, images = _attend(backend, act, norm, pooled, 1, *attn)
         moments = _unbiased([(mean, var, images)] if norm.training else [])
         if ctx is not None:
-            ctx.backend, ctx.norm, ctx.images = backend, norm, images
+            ctx.backend, ctx.call, ctx.images = backend, (act, norm), images
             ctx.save_for_backward(a, s, reduced, mean, var, *leaves)
             ctx.mark_non_differentiable(*moments)
             ctx.set_materialize_grads(False)
@@ -415,14 +447,14 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, da, *_):
         if da is None:
             return (None,) * len(ctx.needs_input_grad)
-        backend, norm, needs = ctx.backend, ctx.norm, ctx.needs_input_grad[2:]
+        backend, (act, norm), needs = ctx.backend, ctx.call, ctx.needs_input_grad[3:]
         a, s, reduced, mean, var, *leaves = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return None, None, *_differentiable(_Attend, (norm,), [norm], da, leaves, needs)
-        _, *attn = leaves
-        ds, *dattn = _attend_backward(backend, norm, da.contiguous(), a, s, reduced, mean, var, ctx.images, *attn)
+            return None, None, None, *_differentiable(_Attend, ctx.call, [norm], da, leaves, needs)
+        _, *attn, _ = leaves
+        ds, *dattn = _attend_backward(backend, act, norm, da.contiguous(), a, s, reduced, mean, var, ctx.images, *attn)
         gradients = ds[:, None], *dattn
-        return None, None, *(gradient if need else None for gradient, need in zip(gradients, needs))
+        return None, None, None, *(gradient if need else None for gradient, need in zip(gradients, needs))
 
 
 def _in_one_layout(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -481,3 +513,11 @@ def _check_attention(like: Tensor, C: int, fc_reduce: Tensor, fc_select: Tensor,
     for name, tensor in (("fc_reduce", fc_reduce), ("fc_select", fc_select)):
         if tensor.device != like.device:
             raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {tensor.device}")
+
+
+def _check_attn_act(attn_act: tuple[str, float], select_bias: Tensor | None, fc_select: Tensor, like: Tensor) -> None:
+    if attn_act[0] not in ATTN_ACTIVATIONS:
+        raise ValueError(f"attn_activation: expected one of {', '.join(ATTN_ACTIVATIONS)}, got {attn_act[0]!r}")
+    if select_bias is not None and (select_bias.shape != fc_select.shape[:1] or select_bias.device != like.device):
+        expected = f"shape {tuple(fc_select.shape[:1])} on {like.device}"
+        raise ValueError(f"select_bias: expected {expected}, got {tuple(select_bias.shape)} on {select_bias.device}")

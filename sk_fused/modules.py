@@ -37,15 +37,16 @@ def _called(module: nn.Module) -> str:
     return f"the SelectiveKernel {module.name_in_model}" if module.name_in_model else "a SelectiveKernel"
 
 
-def leaf(module: nn.Module, x: fx.Proxy) -> fx.Proxy:
+def leaf(module: nn.Module, x: fx.Proxy | Sequence[fx.Proxy]) -> fx.Proxy:
     """The call of `module` as one node of an fx trace, whose proxies have no shapes to look at.
 
     Raises:
         TypeError: `module` is all that is traced.
     """
-    if x.tracer.root is module:
+    tracer = (x if isinstance(x, fx.Proxy) else x[0]).tracer
+    if tracer.root is module:
         raise TypeError(f"{type(module).__name__} is one node of an fx trace: trace a module that holds it")
-    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (x,), {})
 
 
 class FusedSelectiveKernel(nn.Module):
@@ -278,7 +279,8 @@ class FusedSelectiveKernel(nn.Module):
 
 class FusedSelectiveKernelAttn(nn.Module):
     """The attention of the unit alone, as timm has it: (B, M, C, H, W), the stacked branches, → (B, M, C, 1, 1), weights
-    that add up to 1 over the M branches.
+    that add up to 1 over the M branches. It also takes the branches in a list, M times (B, C, H, W), so that they need not
+    be stacked.
 
     Args:
         channels: C.
@@ -327,15 +329,21 @@ class FusedSelectiveKernelAttn(nn.Module):
             return "the layers of attn have hooks"
         return None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, fx.Proxy):
+    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+        us = [x] if isinstance(x, (Tensor, fx.Proxy)) else [*x]
+        if us and isinstance(us[0], fx.Proxy):
             return leaf(self, x)
-        if x.dim() != 5 or x.shape[1] != self.num_paths:
-            raise ValueError(f"x: expected shape (B, {self.num_paths}, C, H, W), got {tuple(x.shape)}")
-        _check_like_weights(x, self.fc_reduce)
-        s = x.sum(1).mean((2, 3))
+        M, stacked = self.num_paths, isinstance(x, Tensor)
+        shapes = [tuple(u.shape) for u in us]
+        if stacked and (x.dim() != 5 or x.shape[1] != M):
+            raise ValueError(f"x: expected shape (B, {M}, C, H, W), got {shapes[0]}")
+        if not stacked and (len(us) != M or len({*shapes}) != 1 or len(shapes[0]) != 4):
+            raise ValueError(f"x: expected {M} tensors of one shape (B, C, H, W), got {shapes}")
+        for u in us:
+            _check_like_weights(u, self.fc_reduce)
+        s = self._squeeze(us)
         reason = self.why_not()
-        if reason or x.shape[0] == 0:
+        if reason or s.shape[0] == 0:
             if reason:
                 # The same sentence as the unit's, which may just have said it.
                 warn_once(f"sk_fused runs {_called(self)} unfused: {reason}")
@@ -344,6 +352,13 @@ class FusedSelectiveKernelAttn(nn.Module):
         a = functional.attend(s, self.fc_reduce.weight, _batch_norm(self.bn), self.fc_select.weight)
         _count_batch(self.bn)
         return a[..., None, None]
+
+    @staticmethod
+    def _squeeze(us: Sequence[Tensor]) -> Tensor:
+        """(B, C), the mean of the sum of the branches: read once, and no sum of that size is written."""
+        dtype = functional.accumulate_dtype(us[0].dtype)
+        means = [u.mean((-2, -1), dtype=dtype) for u in us]
+        return (means[0].sum(1) if means[0].dim() == 3 else sum(means)).to(us[0].dtype)
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -481,8 +496,7 @@ def _count_batch(*norms: nn.BatchNorm2d) -> None:
 
 def _identity(us: Sequence[Tensor]) -> list[functional.BatchNorm]:
     """Batch-norms that change nothing."""
-    zeros, ones = us[0].new_zeros(us[0].shape[1]), us[0].new_ones(us[0].shape[1])
-    return [functional.BatchNorm(None, None, zeros, ones, training=False, eps=0.0)] * len(us)
+    return [functional.without_norm(us[0].shape[1], us[0])] * len(us)
 
 
 def _hooked(*modules: nn.Module | None) -> bool:

@@ -22,10 +22,19 @@ def squeeze(us: Sequence[Tensor]) -> Tensor:
     return sum(us).mean((2, 3))
 
 
-def attend(s: Tensor, fc_reduce: Tensor, attn_norm: BatchNorm, fc_select: Tensor) -> Tensor:
+def attend(
+    s: Tensor,
+    fc_reduce: Tensor,
+    attn_norm: BatchNorm,
+    fc_select: Tensor,
+    attn_activation: str = "relu",
+    attn_negative_slope: float = 0.01,
+    select_bias: Tensor | None = None,
+) -> Tensor:
     """a = softmax_m(fc_select · relu(BN(fc_reduce · s))), (B, M, C): how much of each branch every channel takes."""
-    h = F.relu(normalize(F.linear(s, fc_reduce.flatten(1))[..., None, None], attn_norm)).flatten(1)
-    return F.linear(h, fc_select.flatten(1)).unflatten(1, (-1, s.shape[1])).softmax(1)
+    n = normalize(F.linear(s, fc_reduce.flatten(1))[..., None, None], attn_norm).flatten(1)
+    h = activate(n, attn_activation, attn_negative_slope)
+    return F.linear(h, fc_select.flatten(1), select_bias).unflatten(1, (-1, s.shape[1])).softmax(1)
 
 
 def select(us: Sequence[Tensor], a: Tensor) -> Tensor:
@@ -41,8 +50,11 @@ def selective_kernel(
     fc_select: Tensor,
     activation: str = "relu",
     negative_slope: float = 0.01,
+    attn_activation: str = "relu",
+    attn_negative_slope: float = 0.01,
+    select_bias: Tensor | None = None,
 ) -> Tensor:
     """`functional.selective_kernel`, step by step."""
     us = [activate(normalize(y, norm), activation, negative_slope) for y, norm in zip(branches, norms, strict=True)]
-    a = attend(squeeze(us), fc_reduce, attn_norm, fc_select)
+    a = attend(squeeze(us), fc_reduce, attn_norm, fc_select, attn_activation, attn_negative_slope, select_bias)
     return select(us, a)
