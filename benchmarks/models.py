@@ -48,15 +48,18 @@ def photographs(batch: int, size: int = 224) -> Tensor:
 
 
 def build(name: str) -> nn.Module:
-    """timm's network with seeded weights, and running statistics that fit them: without any a random deep network's
-    activations mean nothing."""
+    """timm's network with seeded weights."""
     torch.manual_seed(0)
-    model = timm.create_model(name)
+    return settled(timm.create_model(name), photographs(4))
+
+
+def settled(model: nn.Module, x: Tensor) -> nn.Module:
+    """With running statistics of its own activations: without them a random deep network's outputs mean nothing."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = None
     with torch.no_grad():
-        model(photographs(4))
+        model(x)
     for norm in norms:
         norm.momentum = 0.1
     return model.eval()

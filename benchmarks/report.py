@@ -5,14 +5,14 @@ import json
 import re
 from pathlib import Path
 
-from . import check, cold_start, harness, memory, models, overhead, passes, scaling, units
+from . import check, cold_start, digits, harness, memory, models, overhead, parity, passes, scaling, units
 from .harness import REPOSITORY, ROOT, Benchmark
 
 README = REPOSITORY / "README.md"
 BENCHMARKS: tuple[Benchmark, ...] = (
     models.BENCHMARK,
     models.TAX,
-    *(script.BENCHMARK for script in (units, passes, memory, scaling, overhead, cold_start, check)),
+    *(script.BENCHMARK for script in (parity, digits, units, passes, memory, scaling, overhead, cold_start, check)),
 )
 
 

@@ -16,10 +16,10 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from benchmarks.harness import console, progress
+
 from . import common
 from .common import Unusable
-
-from benchmarks.harness import console, progress  # noqa: E402
 
 # Top-1 and top-5 on ImageNet at 224², crop 0.875, bicubic: timm's model cards.
 PUBLISHED = {"skresnet18": (73.03, 91.17), "skresnet34": (76.93, 93.32)}

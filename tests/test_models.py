@@ -19,6 +19,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 import sk_fused
 import sk_fused.timm
 from benchmarks.cases import NETWORKS
+from benchmarks.models import settled
 from sk_fused import FusedSelectiveKernel
 
 from .parity import batches, step
@@ -170,19 +171,6 @@ def test_a_unit_is_one_node_of_any_fx_trace():
 # timm's networks and options, beside timm.
 
 
-def settled(model: nn.Module, x: Tensor) -> nn.Module:
-    """In float64, with running statistics of its own activations: without them a random deep network's outputs mean nothing."""
-    model = model.double()
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = None
-    with torch.no_grad():
-        model(x)
-    for norm in norms:
-        norm.momentum = 0.1
-    return model
-
-
 def assert_close(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     for name, right in theirs.items():
@@ -207,7 +195,7 @@ class Joined(nn.Module):
 def assert_fused_is_the_same(model: nn.Module, size: tuple[int, int]) -> list[str | None]:
     """Output in eval, and output, gradients and buffers of a training step. Returns what is not fused of the units, and why."""
     x = batches(1, (4, 3, *size), torch.float64)[0]
-    theirs = Joined(settled(model, x))
+    theirs = Joined(settled(model.double(), x))
     ours = copy.deepcopy(theirs)
     report = sk_fused.fuse(ours)
     assert report.units and all(unit.fused for unit in report.units)
