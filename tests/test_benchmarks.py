@@ -11,7 +11,7 @@ from benchmarks import harness, machine
 harness.let_timm_import()
 
 import timm  # noqa: E402
-from benchmarks import cases, check, contenders, gpu, instructions, memory, models, overhead, passes, report, scaling, units  # noqa: E402
+from benchmarks import cases, check, contenders, digits, gpu, instructions, memory, models, overhead, parity, passes, report, scaling, units  # noqa: E402
 from benchmarks.harness import OURS, Entry, Step  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -248,6 +248,14 @@ def test_instructions_of_one_library():
     lines = "ob=(1) /x/_C.so\nfn=(1) f\n10 100\n+1 5\ncob=(2) /lib/libc.so\ncfn=(2) g\ncalls=1 0\n11 7\n* 3\nob=(2)\nfn=(2)\n0 7\nob=(1)\n5 1\n"
     assert instructions.inside(lines.splitlines(), "_C.") == 109
     assert instructions.inside(lines.splitlines(), "libc") == 7
+
+
+def test_tables_of_whole_networks():
+    outputs, gradients = {"float32": 1e-6, "float64": 2e-15, "timm": 3e-6, "largest": 12.0}, {"float32": 1e-3, "float64": 4e-12, "timm": None}
+    _, cells = parity.table([{"model": "skresnet18", "units": 8, "fused": 4, "outputs": outputs, "gradients": gradients}])
+    assert cells == [["skresnet18", "4 of 8", "12.0", "1.0e-06 (3.0e-06)", "2.0e-15", "1.0e-03", "4.0e-12"]]
+    rows = [{"seed": seed, "side": side, "losses": [4.0, 2.0, 1.0, 0.5], "top1": [50.0, 98.0 + seed]} for seed in (0, 1) for side in digits.FLAGS]
+    assert digits.table(rows)[1] == [[side, "98.00, 99.00", "98.50", "0.7500"] for side in digits.FLAGS]
 
 
 def test_published_ratios_are_of_the_networks():
