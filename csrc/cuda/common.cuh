@@ -59,17 +59,27 @@ __device__ __forceinline__ void narrow(float x, __nv_bfloat16& to) { to = __floa
 // The values in 16 bytes.
 template <class T> constexpr int kVector = 16 / sizeof(T);
 
-template <int V, class T> __device__ __forceinline__ void load(const T* p, Accumulate<T> (&x)[V]) {
-  if constexpr (V == 1) {
-    x[0] = widen(*p);
-  } else {
-    const uint4 bytes = *reinterpret_cast<const uint4*>(p);
-    T values[V];
-    static_assert(sizeof(values) == sizeof(bytes));
-    memcpy(values, &bytes, sizeof(bytes));
-#pragma unroll
-    for (int i = 0; i < V; ++i) x[i] = widen(values[i]);
+// V values as they lie in memory: half the registers of what half precision is computed in.
+template <int V, class T> struct Packed {
+  T values[V];
+
+  __device__ __forceinline__ void load(const T* p) {
+    if constexpr (V == 1) {
+      values[0] = *p;
+    } else {
+      const uint4 bytes = *reinterpret_cast<const uint4*>(p);
+      static_assert(sizeof(values) == sizeof(bytes));
+      memcpy(values, &bytes, sizeof(bytes));
+    }
   }
+  __device__ __forceinline__ Accumulate<T> operator[](int i) const { return widen(values[i]); }
+};
+
+template <int V, class T> __device__ __forceinline__ void load(const T* p, Accumulate<T> (&x)[V]) {
+  Packed<V, T> packed;
+  packed.load(p);
+#pragma unroll
+  for (int i = 0; i < V; ++i) x[i] = packed[i];
 }
 
 template <int V, class T> __device__ __forceinline__ void store(T* p, const Accumulate<T> (&x)[V]) {

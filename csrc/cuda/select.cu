@@ -61,31 +61,31 @@ template <class T, int kWidth> struct BackwardOfSelected {
   int64_t b, c;
 
   template <int V, int kCount> __device__ __forceinline__ void run(int64_t offset, int64_t step) const {
-    A g[kCount][V];
+    Packed<V, T> g[kCount];
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) load(static_cast<const T*>(f.g) + offset + j * step, g[j]);
+    for (int j = 0; j < kCount; ++j) g[j].load(static_cast<const T*>(f.g) + offset + j * step);
     const Constant<A, kWidth> t(static_cast<const A*>(f.t) + b * f.ys.C + c);
     for (int m = 0; m < f.ys.M; ++m) {
       const int64_t i = m * f.ys.C + c;
-      A y[kCount][V];
+      Packed<V, T> y[kCount];
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) load(static_cast<const T*>(f.ys.y[m]) + offset + j * step, y[j]);
+      for (int j = 0; j < kCount; ++j) y[j].load(static_cast<const T*>(f.ys.y[m]) + offset + j * step);
       const Constant<A, kWidth> mean(static_cast<const A*>(f.mean) + i), scale(static_cast<const A*>(f.scale) + i),
           bias(static_cast<const A*>(f.bias) + i), a(static_cast<const A*>(f.a) + b * f.ys.M * f.ys.C + i),
           p(static_cast<const A*>(f.p) + i), q(static_cast<const A*>(f.q) + i);
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        A z[V], u[V], k[V];
+        A d[V], z[V], u[V], k[V];
 #pragma unroll
         for (int e = 0; e < V; ++e) {
-          y[j][e] -= mean[e];
-          z[e] = y[j][e] * scale[e] + bias[e];
+          d[e] = y[j][e] - mean[e];
+          z[e] = d[e] * scale[e] + bias[e];
           k[e] = a[e] * g[j][e] + t[e];
         }
         activate(f.act.kind, static_cast<A>(f.act.negative_slope), z, u, k);
 #pragma unroll
-        for (int e = 0; e < V; ++e) y[j][e] = scale[e] * k[e] - p[e] - y[j][e] * q[e];
-        store(static_cast<T*>(f.dy[m]) + offset + j * step, y[j]);
+        for (int e = 0; e < V; ++e) d[e] = scale[e] * k[e] - p[e] - d[e] * q[e];
+        store(static_cast<T*>(f.dy[m]) + offset + j * step, d);
       }
     }
   }

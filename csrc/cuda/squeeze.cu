@@ -203,6 +203,7 @@ template <class T, int kWidth, int kSums, bool kWeighted> struct PooledSums {
       load(y + offset + j * step, value[j]);
       if constexpr (kWeighted) load(g + offset + j * step, weight[j]);
     }
+    A part[kSums][kWidth] = {};
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       A z[V], u[V], k[V];
@@ -216,14 +217,19 @@ template <class T, int kWidth, int kSums, bool kWeighted> struct PooledSums {
       if constexpr (kWeighted)
 #pragma unroll
         for (int i = 0; i < V; ++i) u[i] *= weight[j][i];
-      add(sums[0], u);
+      add(part[0], u);
       if constexpr (kSums == 3) {
-        add(sums[1], k);
+        add(part[1], k);
 #pragma unroll
         for (int i = 0; i < V; ++i) k[i] *= value[j][i];
-        add(sums[2], k);
+        add(part[2], k);
       }
     }
+    // In two stages: deviations from one mean have the same last bits, and a long chain would round them all to the same side.
+#pragma unroll
+    for (int sum = 0; sum < kSums; ++sum)
+#pragma unroll
+      for (int w = 0; w < kWidth; ++w) sums[sum][w] += part[sum][w];
   }
 
   // All values of a vector are of one channel, or each is of its own.
@@ -312,7 +318,11 @@ __global__ __launch_bounds__(kThreads, 2) void _squeeze_kernel(const __grid_cons
             for (int i = threadIdx.x; i < columns * f.s.side; i += kThreads) {
               const int side = i / columns, column = i % columns;
               A total = 0;
-              for (int r = side * f.s.rows; r < (side + 1) * f.s.rows; ++r) total += shared[r * columns + column];
+              for (int r = 0; r < f.s.rows;) {
+                A part = 0;
+                for (const int stop = r + 8; r < stop && r < f.s.rows; ++r) part += shared[(side * f.s.rows + r) * columns + column];
+                total += part;
+              }
               if (first + side < ys.B && tile + column < ys.C)
                 static_cast<A*>(f.out.parts[sum])[(((first + side) * ys.M + m) * f.s.segments + place.segment) * ys.C + tile + column] = total;
             }
