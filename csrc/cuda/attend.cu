@@ -31,6 +31,18 @@ template <class A> struct Column {
   __device__ __forceinline__ A gate(A x, A g) const { return normalized(x) * weight + bias <= 0 ? (slope == 0 ? A(0) : slope * g) : g; }
 };
 
+// term(k, part) for k from `first` on, every `step`; 16 terms at a time are summed before they join the total, as a long chain of
+// additions loses more.
+template <class A, int N, class F>
+__device__ __forceinline__ void sum_in_blocks(int64_t first, int64_t end, int64_t step, A (&total)[N], const F& term) {
+  for (int64_t k = first; k < end;) {
+    A part[N] = {};
+    for (const int64_t stop = k + 16 * step < end ? k + 16 * step : end; k < stop; k += step) term(k, part);
+#pragma unroll
+    for (int i = 0; i < N; ++i) total[i] += part[i];
+  }
+}
+
 template <class A> __global__ __launch_bounds__(kThreads) void _attend_kernel(const __grid_constant__ Attend f) {
   const A* const pooled = static_cast<const A*>(f.pooled);
   A *const s = static_cast<A*>(f.s), *const reduced = static_cast<A*>(f.reduced), *const hidden = static_cast<A*>(f.hidden);
@@ -49,12 +61,12 @@ template <class A> __global__ __launch_bounds__(kThreads) void _attend_kernel(co
   for (int64_t item = warp; item < groups * f.D; item += warps) {
     const int64_t d = item % f.D, b = item / f.D * kRows;
     A total[kRows] = {};
-    for (int64_t c = lane; c < f.C; c += kWarp) {
+    sum_in_blocks(lane, f.C, kWarp, total, [&](int64_t c, A(&part)[kRows]) {
       const A w = at<A>(f.fc_reduce, d * f.C + c);
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
-        if (b + r < f.B) total[r] += w * s[(b + r) * f.C + c];
-    }
+        if (b + r < f.B) part[r] += w * s[(b + r) * f.C + c];
+    });
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       total[r] = sum_of_lanes(total[r], kWarp);
@@ -92,12 +104,12 @@ template <class A> __global__ __launch_bounds__(kThreads) void _attend_kernel(co
     A largest[kRows], total[kRows] = {};
     for (int64_t m = 0; m < f.M; ++m) {
       A logits[kRows] = {};
-      for (int64_t d = 0; d < f.D; ++d) {
+      sum_in_blocks(0, f.D, 1, logits, [&](int64_t d, A(&part)[kRows]) {
         const A w = at<A>(f.fc_select, (m * f.C + c) * f.D + d);
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
-          if (b + r < f.B) logits[r] += w * hidden[(b + r) * f.D + d];
-      }
+          if (b + r < f.B) part[r] += w * hidden[(b + r) * f.D + d];
+      });
       const A bias = f.select_bias.data == nullptr ? A(0) : at<A>(f.select_bias, m * f.C + c);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
@@ -128,13 +140,13 @@ __device__ void product(int64_t row, int64_t rows, int64_t tile, int64_t columns
   const int64_t column = tile * kColumns + threadIdx.x % kColumns;
   A total[kRows + 1] = {};
   if (column < columns)
-    for (int64_t k = slice; k < length; k += kSlices) {
+    sum_in_blocks(slice, length, kSlices, total, [&](int64_t k, A(&part)[kRows + 1]) {
       const A x = at<A>(right, k * columns + column);
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
-        if (row + r < rows) total[r] += left[(row + r) * left_row + k * left_k] * x;
-      total[kRows] += x;
-    }
+        if (row + r < rows) part[r] += left[(row + r) * left_row + k * left_k] * x;
+      part[kRows] += x;
+    });
   A* const shared = shared_memory<A>();
   __syncthreads();
 #pragma unroll
@@ -173,12 +185,12 @@ template <class A> __global__ __launch_bounds__(kThreads) void _attend_backward_
     const int64_t d = item % tiles * kWarp + lane, b = item / tiles * kRows;
     A total[kRows] = {};
     if (d < f.D)
-      for (int64_t i = slice; i < wide; i += kWarps) {
+      sum_in_blocks(slice, wide, kWarps, total, [&](int64_t i, A(&part)[kRows]) {
         const A w = at<A>(f.fc_select, i * f.D + d);
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
-          if (b + r < f.B) total[r] += w * dlogits[(b + r) * wide + i];
-      }
+          if (b + r < f.B) part[r] += w * dlogits[(b + r) * wide + i];
+      });
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < kRows; ++r) shared[r * kThreads + threadIdx.x] = total[r];

@@ -24,7 +24,7 @@ def why_not(branches: Sequence[Tensor]) -> str | None:
     if device.type not in ("cpu", "cuda"):
         return f"the native kernels run on a CPU or a CUDA device, the branches are on {device}"
     if device.type == "cuda":
-        reason = _why_not_on_cuda(torch.cuda.get_device_capability(device), len(branches))
+        reason = _why_not_on_cuda(device, len(branches))
         if reason:
             return reason
     if branches[0].dtype not in DTYPES:
@@ -34,11 +34,12 @@ def why_not(branches: Sequence[Tensor]) -> str | None:
     return None
 
 
-def _why_not_on_cuda(capability: tuple[int, int], branches: int) -> str | None:
+@torch.compiler.assume_constant_result
+def _why_not_on_cuda(device: torch.device, branches: int) -> str | None:
     built = [int(architecture.rstrip("a")) for architecture in _C.cuda_architectures.split()]
     if not built:
         return "the native extension was built without nvcc: it has no CUDA kernels"
-    major, minor = capability
+    major, minor = torch.cuda.get_device_capability(device)
     if not any(architecture // 10 == major and architecture % 10 <= minor for architecture in built):
         return f"the native CUDA kernels are for the architectures {_C.cuda_architectures}, the device has compute capability {major}.{minor}"
     if branches > 8:

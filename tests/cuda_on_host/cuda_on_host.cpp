@@ -10,9 +10,11 @@
 #include <memory>
 #include <vector>
 
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/common_interface_defs.h>
-#endif
+// The kernels are built with AddressSanitizer, which is told of the stacks; not this file, whose jumps it would take for ends.
+extern "C" {
+void __sanitizer_start_switch_fiber(void** fake_stack_save, const void* bottom, size_t size);
+void __sanitizer_finish_switch_fiber(void* fake_stack_save, const void** bottom_old, size_t* size_old);
+}
 
 cuda_on_host::Index threadIdx, blockIdx, gridDim;
 
@@ -33,7 +35,8 @@ struct Barrier {
 struct Warp {
   Barrier barrier;
   unsigned mask = 0;
-  unsigned char values[kLanes][16];
+  // Two turns: who writes the next value may be ahead of who reads this one, but not by more.
+  unsigned char values[2][kLanes][16];
 };
 
 struct Block {
@@ -49,10 +52,12 @@ struct Fiber {
   void* fake_stack = nullptr;
   Block* block;
   unsigned thread;
-  bool done = false;
+  unsigned turn = 0;
+  bool started = false, done = false;
+  void* resume[5];
 };
 
-ucontext_t scheduler;
+void* scheduler_resume[5];
 void* scheduler_fake_stack = nullptr;
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_size = 0;
@@ -80,38 +85,37 @@ unsigned setting(const char* name, unsigned otherwise) {
   return value == nullptr ? otherwise : static_cast<unsigned>(std::strtoul(value, nullptr, 10));
 }
 
+[[gnu::noinline, noreturn]] void jump_to_scheduler() { __builtin_longjmp(scheduler_resume, 1); }
+[[gnu::noinline, noreturn]] void jump_to_fiber() {
+  if (current->started) __builtin_longjmp(current->resume, 1);
+  current->started = true;
+  setcontext(&current->context);
+  fail("a fiber does not start");
+}
+
 // From the fiber back to the scheduler.
-void leave(bool for_ever) {
+[[gnu::noinline]] void leave(bool for_ever) {
   Fiber* const fiber = current;
-#ifdef __SANITIZE_ADDRESS__
   __sanitizer_start_switch_fiber(for_ever ? nullptr : &fiber->fake_stack, scheduler_stack, scheduler_stack_size);
-#endif
-  swapcontext(&fiber->context, &scheduler);
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_finish_switch_fiber(fiber->fake_stack, &scheduler_stack, &scheduler_stack_size);
-#endif
+  // Without swapcontext's calls of the system; it serves for the first time alone.
+  if (__builtin_setjmp(fiber->resume) == 0) jump_to_scheduler();
+  __sanitizer_finish_switch_fiber(current->fake_stack, &scheduler_stack, &scheduler_stack_size);
 }
 
 void start() {
-#ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
-#endif
   (*body)();
   current->done = true;
   leave(true);
 }
 
-void enter(Fiber* fiber) {
+[[gnu::noinline]] void enter(Fiber* fiber) {
   current = fiber;
   threadIdx = {fiber->thread};
   blockIdx = {fiber->block->index};
-#ifdef __SANITIZE_ADDRESS__
   __sanitizer_start_switch_fiber(&scheduler_fake_stack, fiber->stack, kStack);
-#endif
-  swapcontext(&scheduler, &fiber->context);
-#ifdef __SANITIZE_ADDRESS__
+  if (__builtin_setjmp(scheduler_resume) == 0) jump_to_fiber();
   __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
-#endif
 }
 
 void wait(Barrier& barrier) {
@@ -153,12 +157,11 @@ void yield() {
 }
 
 void exchange(unsigned mask, const void* mine, void* theirs, size_t size, int from) {
-  Warp& warp = current->block->warps[current->thread / kLanes];
-  std::memcpy(warp.values[current->thread % kLanes], mine, size);
+  auto& values = current->block->warps[current->thread / kLanes].values[++current->turn % 2];
+  std::memcpy(values[current->thread % kLanes], mine, size);
   wait_for_warp(mask);
   if ((mask >> from & 1) == 0) fail("a lane reads from one that is not in the mask");
-  std::memcpy(theirs, warp.values[from], size);
-  wait_for_warp(mask);
+  std::memcpy(theirs, values[from], size);
 }
 
 void run(unsigned blocks, unsigned threads, size_t shared, bool cooperative, const std::function<void()>& thread) {
