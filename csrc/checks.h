@@ -15,8 +15,9 @@ inline at::MemoryFormat layout(const at::Tensor& t) {
   return t.is_contiguous() ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
 }
 
-inline void check_device(const at::Tensor& t, const char* name, at::DeviceType device) {
-  TORCH_CHECK_VALUE(t.device().type() == device, name, ": expected a tensor on ", device, ", got one on ", t.device());
+// A device without an index is any of its type.
+inline void check_device(const at::Tensor& t, const char* name, at::Device device) {
+  TORCH_CHECK_VALUE(device.has_index() ? t.device() == device : t.device().type() == device.type(), name, ": expected a tensor on ", device, ", got one on ", t.device());
 }
 
 // A tensor that is read beside the branches: their shape, dtype and layout.
@@ -27,7 +28,7 @@ inline void check_like(const at::Tensor& t, const char* name, const at::Tensor& 
   TORCH_CHECK_VALUE(t.is_contiguous(layout(y)), name, ": expected the layout of strides ", y.strides(), ", got strides ", t.strides());
 }
 
-inline void check_branches(at::TensorList ys, at::DeviceType device = at::kCPU) {
+inline void check_branches(at::TensorList ys, at::Device device = at::kCPU) {
   TORCH_CHECK_VALUE(!ys.empty(), "ys: expected at least one branch, got none");
   TORCH_CHECK_VALUE(ys[0].dim() == 4, "ys: expected branches of shape (B, C, H, W), got ", ys[0].sizes());
   check_device(ys[0], "ys", device);
@@ -36,7 +37,7 @@ inline void check_branches(at::TensorList ys, at::DeviceType device = at::kCPU) 
 
 // A small operand: contiguous, with the dtype and shape given.
 inline void check_array(const at::Tensor& t, const char* name, at::ScalarType dtype, at::IntArrayRef shape,
-                        at::DeviceType device = at::kCPU) {
+                        at::Device device = at::kCPU) {
   TORCH_CHECK_VALUE(t.sizes() == shape && t.is_contiguous(), name, ": expected a contiguous array of shape ", shape, ", got shape ",
                     t.sizes(), " with strides ", t.strides());
   TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, ": expected ", dtype, ", got ", t.scalar_type());
@@ -44,40 +45,41 @@ inline void check_array(const at::Tensor& t, const char* name, at::ScalarType dt
 }
 
 inline void check_normalized(at::TensorList ys, const at::Tensor& mean, const at::Tensor& scale, const at::Tensor& bias,
-                             at::DeviceType device = at::kCPU) {
+                             at::Device device = at::kCPU) {
   check_branches(ys, device);
   const auto dtype = accumulate_type(ys[0].scalar_type());
   const int64_t shape[] = {static_cast<int64_t>(ys.size()), ys[0].size(1)};
-  check_array(mean, "mean", dtype, shape, device);
-  check_array(scale, "scale", dtype, shape, device);
-  check_array(bias, "bias", dtype, shape, device);
+  check_array(mean, "mean", dtype, shape, ys[0].device());
+  check_array(scale, "scale", dtype, shape, ys[0].device());
+  check_array(bias, "bias", dtype, shape, ys[0].device());
 }
 
 inline void check_select_backward(const at::Tensor& g, at::TensorList ys, const at::Tensor& mean, const at::Tensor& scale,
                                   const at::Tensor& bias, const at::Tensor& a, const at::Tensor& t, const at::Tensor& p,
-                                  const at::Tensor& q, at::DeviceType device = at::kCPU) {
+                                  const at::Tensor& q, at::Device device = at::kCPU) {
   check_normalized(ys, mean, scale, bias, device);
   check_like(g, "g", ys[0]);
   const int64_t M = ys.size(), B = ys[0].size(0), C = ys[0].size(1);
-  check_array(a, "a", mean.scalar_type(), {B, M, C}, device);
-  check_array(t, "t", mean.scalar_type(), {B, C}, device);
-  check_array(p, "p", mean.scalar_type(), {M, C}, device);
-  check_array(q, "q", mean.scalar_type(), {M, C}, device);
+  check_array(a, "a", mean.scalar_type(), {B, M, C}, ys[0].device());
+  check_array(t, "t", mean.scalar_type(), {B, C}, ys[0].device());
+  check_array(p, "p", mean.scalar_type(), {M, C}, ys[0].device());
+  check_array(q, "q", mean.scalar_type(), {M, C}, ys[0].device());
 }
 
 // B, M and C.
 inline std::array<int64_t, 3> check_fold_backward(const at::Tensor& a, const at::Tensor& ds, int64_t pixels, const at::Tensor& R1,
                                                   const at::Tensor& R2, const at::Tensor& K1, const at::Tensor& K2, const at::Tensor& r,
-                                                  const at::Tensor& scale, int64_t count, at::DeviceType device = at::kCPU) {
+                                                  const at::Tensor& scale, int64_t count, at::Device device = at::kCPU) {
+  check_device(a, "a", device);
   TORCH_CHECK_VALUE(a.dim() == 3, "a: expected shape (B, M, C), got ", a.sizes());
   const int64_t B = a.size(0), M = a.size(1), C = a.size(2);
   const auto dtype = a.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "a: expected float32 or float64, got ", dtype);
   for (const auto& [name, array] : {std::pair<const char*, const at::Tensor&>{"a", a}, {"R1", R1}, {"R2", R2}, {"K1", K1}, {"K2", K2}})
-    check_array(array, name, dtype, {B, M, C}, device);
-  check_array(ds, "ds", dtype, {B, C}, device);
-  check_array(r, "r", dtype, {M, C}, device);
-  check_array(scale, "scale", dtype, {M, C}, device);
+    check_array(array, name, dtype, {B, M, C}, a.device());
+  check_array(ds, "ds", dtype, {B, C}, a.device());
+  check_array(r, "r", dtype, {M, C}, a.device());
+  check_array(scale, "scale", dtype, {M, C}, a.device());
   TORCH_CHECK_VALUE(pixels >= 1 && count >= 0, "pixels, count: expected at least 1 and 0, got ", pixels, " and ", count);
   return {B, M, C};
 }

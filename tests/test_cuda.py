@@ -49,7 +49,7 @@ def run_on_host(library: Path, seed: int, processors: int, *arguments: str) -> s
         "CUDA_ON_HOST_SEED": str(seed),
         "CUDA_ON_HOST_PROCESSORS": str(processors),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "tests.cuda_on_host.plugin", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--capture=sys", "-p", "no:cacheprovider", "-p", "tests.cuda_on_host.plugin", *arguments]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     return run.stdout

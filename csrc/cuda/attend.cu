@@ -43,7 +43,7 @@ __device__ __forceinline__ void sum_in_blocks(int64_t first, int64_t end, int64_
   }
 }
 
-template <class A> __global__ __launch_bounds__(kThreads) void _attend_kernel(const __grid_constant__ Attend f) {
+template <class A> __global__ __launch_bounds__(kThreads, 2) void _attend_kernel(const __grid_constant__ Attend f) {
   const A* const pooled = static_cast<const A*>(f.pooled);
   A *const s = static_cast<A*>(f.s), *const reduced = static_cast<A*>(f.reduced), *const hidden = static_cast<A*>(f.hidden);
   A* const a = static_cast<A*>(f.a);
@@ -161,7 +161,7 @@ __device__ void product(int64_t row, int64_t rows, int64_t tile, int64_t columns
   if (sums != nullptr) sums[column] = total[kRows];
 }
 
-template <class A> __global__ __launch_bounds__(kThreads) void _attend_backward_kernel(const __grid_constant__ AttendBackward f) {
+template <class A> __global__ __launch_bounds__(kThreads, 2) void _attend_backward_kernel(const __grid_constant__ AttendBackward f) {
   const A *const da = static_cast<const A*>(f.da), *const a = static_cast<const A*>(f.a), *const s = static_cast<const A*>(f.s);
   const A *const reduced = static_cast<const A*>(f.reduced), *const mean = static_cast<const A*>(f.mean);
   const A* const var = static_cast<const A*>(f.var);

@@ -70,11 +70,10 @@ Act act_of(c10::string_view activation, double negative_slope) {
   return {Activation::identity, negative_slope};
 }
 
-void check_small(const Tensor& t, const char* name, at::ScalarType dtype, at::IntArrayRef shape) { check_array(t, name, dtype, shape, kDevice); }
-
-// Parameters of any type, as the kernels read them. What had to be made contiguous lives as long as this.
+// Parameters of any type, as the kernels read them, on `device`. What had to be made contiguous lives as long as this.
 class Parameters {
  public:
+  explicit Parameters(at::Device device) : device(device) {}
   Array vector(const std::optional<Tensor>& t, const char* name, int64_t length) {
     if (!t) return {nullptr, Type::float32};
     return array(t->contiguous(), name, {length});
@@ -88,10 +87,11 @@ class Parameters {
  private:
   Array array(const Tensor& t, const char* name, at::IntArrayRef shape) {
     const Type type = type_of(t, name);
-    check_small(t, name, t.scalar_type(), shape);
+    check_array(t, name, t.scalar_type(), shape, device);
     kept.push_back(t);
     return {t.const_data_ptr(), type};
   }
+  at::Device device;
   std::vector<Tensor> kept;
 };
 
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> squeeze_
   check_count(means.size(), ys.size(), "means");
   check_count(norm_weights.size(), ys.size(), "norm_weights");
   check_count(norm_biases.size(), ys.size(), "norm_biases");
-  Parameters parameters;
+  Parameters parameters(ys[0].device());
   Norms norms{};
   norms.eps = eps;
   for (size_t m = 0; m < ys.size(); ++m) {
@@ -202,7 +202,7 @@ Tensor select_cuda(TensorList ys, const Tensor& mean, const Tensor& scale, const
                    double negative_slope) {
   check_normalized(ys, mean, scale, bias, kDevice);
   const Branches branches = branches_of(ys);
-  check_small(a, "a", mean.scalar_type(), {branches.B, branches.M, branches.C});
+  check_array(a, "a", mean.scalar_type(), {branches.B, branches.M, branches.C}, ys[0].device());
   const Act act = act_of(activation, negative_slope);
   const Guard guard(ys[0]);
   const Tensor v = at::empty_like(ys[0], layout(ys[0]));
@@ -251,10 +251,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_cuda(const Tensor& poo
   f.pixels = pixels;
   f.eps = eps;
   f.slope = hidden_slope(activation, negative_slope);
-  check_small(pooled, "pooled", pooled.scalar_type(), {f.B, f.P, f.C});
+  check_array(pooled, "pooled", pooled.scalar_type(), {f.B, f.P, f.C}, kDevice);
   TORCH_CHECK_VALUE(f.B > 0 && f.D > 0, "pooled, fc_reduce: expected at least one image and one row, got ", f.B, " and ", f.D);
   TORCH_CHECK_VALUE(mean.has_value() == var.has_value(), "mean, var: expected both or neither, got only one");
-  Parameters parameters;
+  Parameters parameters(pooled.device());
   f.fc_reduce = parameters.matrix(fc_reduce, "fc_reduce", f.D, f.C);
   f.weight = parameters.vector(weight, "weight", f.D);
   f.bias = parameters.vector(bias, "bias", f.D);
@@ -294,13 +294,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward_cuda(
   f.slope = hidden_slope(activation, negative_slope);
   f.training = training;
   TORCH_CHECK_VALUE(f.B > 0 && f.D > 0, "s, fc_reduce: expected at least one image and one row, got ", f.B, " and ", f.D);
-  check_small(s, "s", dtype, {f.B, f.C});
-  check_small(da, "da", dtype, {f.B, f.M, f.C});
-  check_small(a, "a", dtype, {f.B, f.M, f.C});
-  check_small(reduced, "reduced", dtype, {f.B, f.D});
-  check_small(mean, "mean", dtype, {f.D});
-  check_small(var, "var", dtype, {f.D});
-  Parameters parameters;
+  check_array(s, "s", dtype, {f.B, f.C}, kDevice);
+  check_array(da, "da", dtype, {f.B, f.M, f.C}, s.device());
+  check_array(a, "a", dtype, {f.B, f.M, f.C}, s.device());
+  check_array(reduced, "reduced", dtype, {f.B, f.D}, s.device());
+  check_array(mean, "mean", dtype, {f.D}, s.device());
+  check_array(var, "var", dtype, {f.D}, s.device());
+  Parameters parameters(s.device());
   f.fc_reduce = parameters.matrix(fc_reduce, "fc_reduce", f.D, f.C);
   f.weight = parameters.vector(weight, "weight", f.D);
   f.bias = parameters.vector(bias, "bias", f.D);

@@ -203,7 +203,11 @@ template <class T, int kWidth, int kSums, bool kWeighted> struct PooledSums {
       load(y + offset + j * step, value[j]);
       if constexpr (kWeighted) load(g + offset + j * step, weight[j]);
     }
-    A part[kSums][kWidth] = {};
+    // In two stages where a lane sums many values: deviations from one mean have the same last bits, and a long chain would round them
+    // all to the same side.
+    constexpr bool kStaged = kWidth == 1;
+    A staged[kSums][kWidth] = {};
+    auto& to = kStaged ? staged : sums;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       A z[V], u[V], k[V];
@@ -217,19 +221,17 @@ template <class T, int kWidth, int kSums, bool kWeighted> struct PooledSums {
       if constexpr (kWeighted)
 #pragma unroll
         for (int i = 0; i < V; ++i) u[i] *= weight[j][i];
-      add(part[0], u);
+      add(to[0], u);
       if constexpr (kSums == 3) {
-        add(part[1], k);
+        add(to[1], k);
 #pragma unroll
         for (int i = 0; i < V; ++i) k[i] *= value[j][i];
-        add(part[2], k);
+        add(to[2], k);
       }
     }
-    // In two stages: deviations from one mean have the same last bits, and a long chain would round them all to the same side.
+    if constexpr (kStaged)
 #pragma unroll
-    for (int sum = 0; sum < kSums; ++sum)
-#pragma unroll
-      for (int w = 0; w < kWidth; ++w) sums[sum][w] += part[sum][w];
+      for (int sum = 0; sum < kSums; ++sum) sums[sum][0] += staged[sum][0];
   }
 
   // All values of a vector are of one channel, or each is of its own.
@@ -387,6 +389,7 @@ template <class A> __global__ __launch_bounds__(kThreads, 2) void _fold_backward
     const int64_t m = item / tiles, c = item % tiles * kWarp + lane;
     A shift = 0, gain = 0;
     if (c < f.C)
+#pragma unroll 2
       for (int64_t b = slice; b < f.B; b += slices) {
         const int64_t i = (b * f.M + m) * f.C + c;
         const A t = ds[b * f.C + c] / static_cast<A>(f.pixels);
