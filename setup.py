@@ -1,12 +1,67 @@
 """Builds the native extension; everything else stands in pyproject.toml.
 
-SK_FUSED_NATIVE=0 leaves the extension out: a pure Python package that runs the reference.
+SK_FUSED_NATIVE=0 leaves the extension out: a pure Python package that runs the reference. The extension has CUDA kernels where
+there is an nvcc, on the path or in CUDA_HOME; no GPU is needed for that. SK_FUSED_CUDA=0 leaves them out.
 """
 
 import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
+
+# What runs on 8.x, 9.0, 10.x and 12.x. A toolkit that is too old for one of them builds for the others.
+ARCHITECTURES = ("80", "90a", "100", "120")
+
+
+def find_nvcc() -> str | None:
+    if os.environ.get("SK_FUSED_CUDA", "1") == "0":
+        return None
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
+class Nvcc:
+    """Compiles csrc/cuda/*.cu. It does so itself: torch's CUDAExtension wants a torch that is built for CUDA."""
+
+    def __init__(self, nvcc: str):
+        self.nvcc = nvcc
+        known = self._run("--list-gpu-code").stdout.split()
+        # 90a and its like are not listed by every version that knows them.
+        self.architectures = [arch for arch in ARCHITECTURES if f"sm_{arch.rstrip('a')}" in known]
+
+    def _run(self, *arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run([self.nvcc, *arguments], check=True, capture_output=True, text=True)
+
+    def library_folder(self) -> Path:
+        """Where the static runtime is."""
+        said = self._run("--dryrun", "-c", "none.cu").stderr
+        top = Path(re.search(r"TOP=(\S+)", said)[1])
+        for folder in ("targets/x86_64-linux/lib", "targets/sbsa-linux/lib", "lib64", "lib"):
+            if (top / folder / "libcudart_static.a").exists():
+                return top / folder
+        raise RuntimeError(f"no libcudart_static.a under {top}; SK_FUSED_CUDA=0 builds without CUDA")
+
+    def compile(self, folder: Path) -> list[str]:
+        """The objects, made anew where a source is newer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        newest_header = max(path.stat().st_mtime for path in [Path(__file__), *Path("csrc/cuda").glob("*.*h")])
+        flags = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-Wall,-fvisibility=hidden", "-Werror", "all-warnings", "--threads", "2"]
+        for arch in self.architectures:
+            flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+        sources = sorted(Path("csrc/cuda").glob("*.cu"))
+        objects = [folder / f"{source.stem}.o" for source in sources]
+
+        def make(source: Path, output: Path) -> None:
+            if not output.exists() or output.stat().st_mtime < max(newest_header, source.stat().st_mtime):
+                subprocess.run([self.nvcc, *flags, "-c", str(source), "-o", str(output)], check=True)
+
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            list(pool.map(make, sources, objects))
+        return [str(path) for path in objects]
 
 
 def extensions() -> tuple[list, dict]:
@@ -19,7 +74,22 @@ def extensions() -> tuple[list, dict]:
     # libtorch has loaded; a second one would bring a second pool of threads.
     flags = ["-O3", "-g0", "-std=c++20", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-fvisibility=hidden", "-fopenmp"]
     extension = CppExtension("sk_fused._C", sources, extra_compile_args={"cxx": flags})
-    return [extension], {"build_ext": BuildExtension.with_options(use_ninja=True)}
+    build_ext = BuildExtension.with_options(use_ninja=True)
+    path = find_nvcc()
+    if path is None:
+        return [extension], {"build_ext": build_ext}
+    nvcc = Nvcc(path)
+    extension.sources.append("csrc/cuda/bindings.cpp")
+    flags.append(f'-DSK_FUSED_CUDA="{" ".join(nvcc.architectures)}"')
+    # The runtime is linked statically: the extension loads where there is no CUDA.
+    extension.extra_link_args += [str(nvcc.library_folder() / "libcudart_static.a"), "-ldl", "-lrt", "-lpthread"]
+
+    class BuildWithCuda(build_ext):
+        def build_extensions(self) -> None:
+            extension.extra_objects += nvcc.compile(Path(self.build_temp) / "cuda")
+            super().build_extensions()
+
+    return [extension], {"build_ext": BuildWithCuda}
 
 
 ext_modules, cmdclass = extensions()

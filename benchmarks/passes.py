@@ -137,7 +137,7 @@ def _step(operator: Pass, backend: ModuleType, inputs: Inputs) -> Step:
     reason = backend.why_not(inputs.ys)
     if operator.convolutions and not reason:
         x, weights, *rest = inputs.convolved
-        reason = backend.why_not_convolve(x.shape, x.dtype, [w.shape for w in weights], *rest)
+        reason = backend.why_not_convolve(x.shape, x.dtype, [w.shape for w in weights], *rest, x.device)
     if reason:
         raise RuntimeError(reason)
 

@@ -72,4 +72,12 @@ TORCH_LIBRARY_IMPL(sk_fused, Autograd, m) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
 }
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.def("instruction_set", sk::instruction_set_name); }
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("instruction_set", sk::instruction_set_name);
+  // What the CUDA kernels, cuda/bindings.cpp, are built for: "80 90a …"; without them, nothing.
+#ifdef SK_FUSED_CUDA
+  m.attr("cuda_architectures") = SK_FUSED_CUDA;
+#else
+  m.attr("cuda_architectures") = "";
+#endif
+}

@@ -26,6 +26,7 @@ def main() -> None:
         for name, backend in BACKENDS.items():
             print(f"  {name}: {backend.why_not([torch.empty(1, 1, 1, 1, device=device)]) or 'yes'}")
     if native._C is not None:
+        print(f"architectures of the native CUDA kernels: {native._C.cuda_architectures or 'none, the extension was built without nvcc'}")
         print(f"instruction set of the native CPU kernels: {native._C.instruction_set()}")
 
 

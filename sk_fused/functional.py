@@ -203,7 +203,8 @@ def convolved_selective_kernel(
 
 def why_not_convolved(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int) -> str | None:
     """The reason why `convolved_selective_kernel` does not take these in the backend in use, or None."""
-    return backends.choose([x]).why_not_convolve(x.shape, _autocast_dtype(x), [w.shape for w in weights], stride, dilations, groups)
+    shapes = [w.shape for w in weights]
+    return backends.choose([x]).why_not_convolve(x.shape, _autocast_dtype(x), shapes, stride, dilations, groups, x.device)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:

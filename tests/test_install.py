@@ -40,6 +40,7 @@ def test_report_of_the_installation():
     assert lines[0].startswith(f"sk_fused {sk_fused.__version__}, Python {sys.version.split()[0]}")
     assert f"torch {torch.__version__}" in lines[1] and "timm" in lines[1] and "numpy" in lines[1]
     assert "  native: yes" in lines and "  reference: yes" in lines
+    assert lines[-2].startswith("architectures of the native CUDA kernels: ")
     assert lines[-1] == f"instruction set of the native CPU kernels: {native._C.instruction_set()}"
     assert run_python("-m", "sk_fused", SK_FUSED_ISA="base").splitlines()[-1].endswith(": base")
 

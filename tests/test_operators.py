@@ -23,8 +23,9 @@ PASSES = ("branch_statistics", "squeeze", "select", "select_backward_sums", "sel
 # Those of the attention's hidden layer.
 HIDDEN = ("relu", "leaky_relu", "identity")
 
-# M, B, C, H, W: odd sizes, 1 × 1 maps, channels below, at and beyond a vector of any instruction set, pixels beyond a segment.
-SHAPES = [(2, 3, 5, 7, 9), (1, 2, 16, 4, 4), (3, 1, 33, 1, 1), (4, 2, 19, 3, 5), (2, 1, 3, 67, 65), (2, 2, 40, 31, 29), (2, 2, 1, 3, 3)]
+# M, B, C, H, W: odd sizes, 1 × 1 maps, channels below, at and beyond a vector of any instruction set and the tile of a GPU's block,
+# more images than it takes at a time, pixels beyond a segment.
+SHAPES = [(2, 3, 5, 7, 9), (1, 2, 16, 4, 4), (3, 1, 33, 1, 1), (4, 2, 19, 3, 5), (2, 1, 3, 67, 65), (2, 2, 40, 31, 29), (2, 2, 1, 3, 3), (2, 18, 3, 2, 2), (2, 2, 264, 2, 1)]
 
 
 def operands(shape: Sequence[int], dtype: torch.dtype, layout: str = "contiguous", activation: str = "relu") -> dict[str, tuple]:
@@ -141,6 +142,26 @@ def test_operator_matches_reference(name: str, shape: tuple, dtype: torch.dtype,
         assert_matches_reference(name, arguments, dtype)
         if name == "squeeze":
             assert_matches_reference(name, (*arguments[:-1], 1), dtype)
+
+
+def shifted(value, by: int):
+    """The same tensor, `by` values after the beginning of its memory; of a list, every one further than the one before."""
+    if isinstance(value, list):
+        return [shifted(item, by + i * by) for i, item in enumerate(value)]
+    if not isinstance(value, Tensor):
+        return value
+    memory = torch.empty(value.numel() + by, dtype=value.dtype)
+    return memory[by:].as_strided(value.shape, value.stride(), by).copy_(value)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("name", PASSES)
+def test_operands_that_begin_anywhere_match_reference(name: str, dtype: torch.dtype, layout: str):
+    arguments = operands((2, 2, 16, 5, 5), dtype, layout)[name]
+    for together in (True, False):
+        moved = [[shifted(y, 1) for y in value] if together and isinstance(value, list) else shifted(value, 1) for value in arguments]
+        assert_matches_reference(name, tuple(moved), dtype)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)

@@ -99,14 +99,6 @@ struct AttendParameters {
   }
 };
 
-// The slope of the hidden activation where it is not positive.
-static double slope_of(c10::string_view activation, double negative_slope) {
-  if (activation == "relu") return 0;
-  if (activation == "identity") return 1;
-  TORCH_CHECK_VALUE(activation == "leaky_relu", "activation: expected relu, leaky_relu or identity, got ", activation);
-  return negative_slope;
-}
-
 // The batch-norm and activation of column d.
 template <class A> struct Column {
   A mean, r, weight, bias, slope;
@@ -120,10 +112,8 @@ template <class A> struct Column {
 
 // s (B, C) from the parts of its sum, (B, P, C).
 static Tensor descriptor(const Tensor& pooled, int64_t pixels) {
+  check_pooled(pooled, pixels);
   const auto dtype = pooled.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "pooled: expected float32 or float64, got ", dtype);
-  TORCH_CHECK_VALUE(pooled.dim() == 3, "pooled: expected shape (B, P, C), got ", pooled.sizes());
-  TORCH_CHECK_VALUE(pixels >= 1, "pixels: expected at least 1, got ", pixels);
   const int64_t B = pooled.size(0), P = pooled.size(1), C = pooled.size(2);
   check_array(pooled, "pooled", dtype, {B, P, C});
   const Tensor s = at::zeros({B, C}, pooled.options());
@@ -145,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_cpu(const Tensor& pool
                                                               double eps, c10::string_view activation, double negative_slope,
                                                               const Tensor& fc_select, const std::optional<Tensor>& select_bias) {
   const Tensor s = descriptor(pooled, pixels);
-  const double slope = slope_of(activation, negative_slope);
+  const double slope = hidden_slope(activation, negative_slope);
   const AttendParameters parameters(s, fc_reduce, weight, bias, fc_select);
   const int64_t B = s.size(0), C = s.size(1), D = parameters.D, M = parameters.M;
   TORCH_CHECK_VALUE(mean.has_value() == var.has_value(), "mean, var: expected both or neither, got only one");
@@ -181,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward_cpu(
     const Tensor& da, const Tensor& a, const Tensor& s, const Tensor& reduced, const Tensor& fc_reduce, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& var, double eps, bool training, c10::string_view activation,
     double negative_slope, const Tensor& fc_select) {
-  const double negative = slope_of(activation, negative_slope);
+  const double negative = hidden_slope(activation, negative_slope);
   const AttendParameters parameters(s, fc_reduce, weight, bias, fc_select);
   const int64_t B = s.size(0), C = s.size(1), D = parameters.D, M = parameters.M;
   check_array(da, "da", s.scalar_type(), {B, M, C});

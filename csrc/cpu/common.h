@@ -15,6 +15,8 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#include "../checks.h"
+
 namespace sk {
 
 enum class InstructionSet { base, avx2, avx512 };
@@ -33,8 +35,6 @@ template <> struct AccumulateOf<double> {
   using type = double;
 };
 template <class T> using Accumulate = typename AccumulateOf<T>::type;
-
-inline at::ScalarType accumulate_type(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
 // M branches y_m of shape (B, C, H, W), all dense in one layout, and their folded batch-norm
 // z = (y - mean) * scale + bias, arrays of shape (M, C).
@@ -88,54 +88,6 @@ void join_moments(const A* moments, const A* missed, const Segments& segments, i
 
 // Rows per task so that a task is worth a thread: about 32 Ki elements.
 inline int64_t grain(int64_t elements_per_row) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, elements_per_row)); }
-
-inline at::MemoryFormat layout(const at::Tensor& t) {
-  return t.is_contiguous() ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
-}
-
-// A tensor that is read beside the branches: their shape, dtype and layout.
-inline void check_like(const at::Tensor& t, const char* name, const at::Tensor& y) {
-  TORCH_CHECK_VALUE(t.sizes() == y.sizes(), name, ": expected shape ", y.sizes(), ", got ", t.sizes());
-  TORCH_CHECK_VALUE(t.device() == y.device(), name, ": expected a tensor on ", y.device(), ", got one on ", t.device());
-  TORCH_CHECK_TYPE(t.scalar_type() == y.scalar_type(), name, ": expected ", y.scalar_type(), ", got ", t.scalar_type());
-  TORCH_CHECK_VALUE(t.is_contiguous(layout(y)), name, ": expected the layout of strides ", y.strides(), ", got strides ", t.strides());
-}
-
-inline void check_branches(at::TensorList ys) {
-  TORCH_CHECK_VALUE(!ys.empty(), "ys: expected at least one branch, got none");
-  TORCH_CHECK_VALUE(ys[0].dim() == 4, "ys: expected branches of shape (B, C, H, W), got ", ys[0].sizes());
-  TORCH_CHECK_VALUE(ys[0].device().is_cpu(), "ys: expected CPU tensors, got a tensor on ", ys[0].device());
-  for (const auto& y : ys) check_like(y, "ys", ys[0]);
-}
-
-// A small operand: contiguous, with the dtype and shape given.
-inline void check_array(const at::Tensor& t, const char* name, at::ScalarType dtype, at::IntArrayRef shape) {
-  TORCH_CHECK_VALUE(t.sizes() == shape && t.is_contiguous(), name, ": expected a contiguous array of shape ", shape, ", got shape ",
-                    t.sizes(), " with strides ", t.strides());
-  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, ": expected ", dtype, ", got ", t.scalar_type());
-  TORCH_CHECK_VALUE(t.device().is_cpu(), name, ": expected a CPU tensor, got one on ", t.device());
-}
-
-inline void check_normalized(at::TensorList ys, const at::Tensor& mean, const at::Tensor& scale, const at::Tensor& bias) {
-  check_branches(ys);
-  const auto dtype = accumulate_type(ys[0].scalar_type());
-  const int64_t shape[] = {static_cast<int64_t>(ys.size()), ys[0].size(1)};
-  check_array(mean, "mean", dtype, shape);
-  check_array(scale, "scale", dtype, shape);
-  check_array(bias, "bias", dtype, shape);
-}
-
-inline void check_select_backward(const at::Tensor& g, at::TensorList ys, const at::Tensor& mean, const at::Tensor& scale,
-                                  const at::Tensor& bias, const at::Tensor& a, const at::Tensor& t, const at::Tensor& p,
-                                  const at::Tensor& q) {
-  check_normalized(ys, mean, scale, bias);
-  check_like(g, "g", ys[0]);
-  const int64_t M = ys.size(), B = ys[0].size(0), C = ys[0].size(1);
-  check_array(a, "a", mean.scalar_type(), {B, M, C});
-  check_array(t, "t", mean.scalar_type(), {B, C});
-  check_array(p, "p", mean.scalar_type(), {M, C});
-  check_array(q, "q", mean.scalar_type(), {M, C});
-}
 
 // f.operator()<T>() for the storage type T.
 template <class F> void dispatch(at::ScalarType dtype, const F& f) {

@@ -44,16 +44,8 @@ Folded fold(const OptionalTensors& weights, const OptionalTensors& biases, Tenso
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fold_backward_cpu(const Tensor& a, const Tensor& ds, int64_t pixels, const Tensor& R1,
                                                                      const Tensor& R2, const Tensor& K1, const Tensor& K2, const Tensor& r,
                                                                      const Tensor& scale, int64_t count) {
-  TORCH_CHECK_VALUE(a.dim() == 3, "a: expected shape (B, M, C), got ", a.sizes());
-  const int64_t B = a.size(0), M = a.size(1), C = a.size(2);
+  const auto [B, M, C] = check_fold_backward(a, ds, pixels, R1, R2, K1, K2, r, scale, count);
   const auto dtype = a.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "a: expected float32 or float64, got ", dtype);
-  for (const auto& [name, array] : {std::pair<const char*, const Tensor&>{"a", a}, {"R1", R1}, {"R2", R2}, {"K1", K1}, {"K2", K2}})
-    check_array(array, name, dtype, {B, M, C});
-  check_array(ds, "ds", dtype, {B, C});
-  check_array(r, "r", dtype, {M, C});
-  check_array(scale, "scale", dtype, {M, C});
-  TORCH_CHECK_VALUE(pixels >= 1 && count >= 0, "pixels, count: expected at least 1 and 0, got ", pixels, " and ", count);
   const Tensor t = at::empty_like(ds), dweight = at::empty_like(r), dbias = at::empty_like(r), p = at::empty_like(r), q = at::empty_like(r);
   dispatch_accumulate(dtype, [&]<class A>() {
     A* const share = t.mutable_data_ptr<A>();

@@ -1,14 +1,12 @@
 // The operators that the CPU implements; library.cpp has their schemas.
 #pragma once
 
-#include <ATen/ATen.h>
+#include "../checks.h"
 
 namespace sk {
 
 using at::Tensor;
 using at::TensorList;
-
-using OptionalTensors = c10::List<std::optional<Tensor>>;
 
 // The batch-norms of the branches: r = 1 / sqrt(var + eps), scale = weight * r; (M, C) each, of this dtype.
 struct Folded {

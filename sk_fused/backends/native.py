@@ -1,4 +1,4 @@
-"""The C++ extension: csrc/library.cpp lists the operators, csrc/cpu has the kernels."""
+"""The C++ extension: csrc/library.cpp lists the operators, csrc/cpu and csrc/cuda have the kernels."""
 
 from collections.abc import Sequence
 
@@ -20,8 +20,13 @@ def why_not(branches: Sequence[Tensor]) -> str | None:
     """The reason why these branches cannot be taken, or None."""
     if _C is None:
         return _missing
-    if branches[0].device.type != "cpu":
-        return f"the native kernels run on a CPU, the branches are on {branches[0].device}"
+    device = branches[0].device
+    if device.type not in ("cpu", "cuda"):
+        return f"the native kernels run on a CPU or a CUDA device, the branches are on {device}"
+    if device.type == "cuda":
+        reason = _why_not_on_cuda(device, len(branches))
+        if reason:
+            return reason
     if branches[0].dtype not in DTYPES:
         return f"the native kernels take float32, float64, bfloat16 and float16, the branches are {branches[0].dtype}"
     if branches[0].shape[0] == 0:
@@ -29,10 +34,25 @@ def why_not(branches: Sequence[Tensor]) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def _why_not_on_cuda(device: torch.device, branches: int) -> str | None:
+    built = [int(architecture.rstrip("a")) for architecture in _C.cuda_architectures.split()]
+    if not built:
+        return "the native extension was built without nvcc: it has no CUDA kernels"
+    major, minor = torch.cuda.get_device_capability(device)
+    if not any(architecture // 10 == major and architecture % 10 <= minor for architecture in built):
+        return f"the native CUDA kernels are for the architectures {_C.cuda_architectures}, the device has compute capability {major}.{minor}"
+    if branches > 8:
+        return f"the native CUDA kernels take at most 8 branches, got {branches}"
+    return None
+
+
 def why_not_convolve(
-    shape: torch.Size, dtype: torch.dtype, weights: Sequence[torch.Size], stride: int, dilations: Sequence[int], groups: int
+    shape: torch.Size, dtype: torch.dtype, weights: Sequence[torch.Size], stride: int, dilations: Sequence[int], groups: int, device: torch.device
 ) -> str | None:
-    """The reason why convolutions of an x of this shape and dtype are left to PyTorch, or None."""
+    """The reason why convolutions of an x of this shape, dtype and device are left to PyTorch, or None."""
+    if device.type != "cpu":
+        return f"the native convolutions run on a CPU, the input is on {device}"
     inputs, outputs, M = weights[0][1], weights[0][0] // groups, len(weights)
     if any(w != (groups * outputs, inputs, 3, 3) for w in weights) or shape[1] not in (groups * inputs, M * groups * inputs):
         return f"the native convolutions are 3 × 3 of one input or of its parts, got weights {[tuple(w) for w in weights]} for {shape[1]} channels"

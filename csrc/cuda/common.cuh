@@ -1,0 +1,329 @@
+// What the steps share: 16 bytes at a time, the activations, how a grid goes over the branches, and the launch.
+#pragma once
+
+// tests/cuda_on_host has what compiles the same text for the host.
+#ifdef __CUDACC__
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#else
+#include "cuda_on_host.h"
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "launchers.h"
+
+namespace sk::cuda {
+
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffff;
+
+// How many vectors of V values a thread has under way at a time, where there are as many.
+template <int V> constexpr int kAtOnce = V == 8 ? 2 : 4;
+
+#ifdef __CUDACC__
+// The shared memory that the launch gave the block.
+template <class A> __device__ __forceinline__ A* shared_memory() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return reinterpret_cast<A*>(memory);
+}
+
+// Of a cooperative launch.
+__device__ __forceinline__ void wait_for_grid() { cooperative_groups::this_grid().sync(); }
+#endif
+
+template <class T> struct AccumulateOf {
+  using type = float;
+};
+template <> struct AccumulateOf<double> {
+  using type = double;
+};
+template <class T> using Accumulate = typename AccumulateOf<T>::type;
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+__device__ __forceinline__ void narrow(float x, float& to) { to = x; }
+__device__ __forceinline__ void narrow(double x, double& to) { to = x; }
+__device__ __forceinline__ void narrow(float x, __half& to) { to = __float2half_rn(x); }
+__device__ __forceinline__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
+
+// The values in 16 bytes.
+template <class T> constexpr int kVector = 16 / sizeof(T);
+
+// V values as they lie in memory: half the registers of what half precision is computed in.
+template <int V, class T> struct Packed {
+  T values[V];
+
+  __device__ __forceinline__ void load(const T* p) {
+    if constexpr (V == 1) {
+      values[0] = *p;
+    } else {
+      const uint4 bytes = *reinterpret_cast<const uint4*>(p);
+      static_assert(sizeof(values) == sizeof(bytes));
+      memcpy(values, &bytes, sizeof(bytes));
+    }
+  }
+  __device__ __forceinline__ Accumulate<T> operator[](int i) const { return widen(values[i]); }
+};
+
+template <int V, class T> __device__ __forceinline__ void load(const T* p, Accumulate<T> (&x)[V]) {
+  Packed<V, T> packed;
+  packed.load(p);
+#pragma unroll
+  for (int i = 0; i < V; ++i) x[i] = packed[i];
+}
+
+template <int V, class T> __device__ __forceinline__ void store(T* p, const Accumulate<T> (&x)[V]) {
+  if constexpr (V == 1) {
+    narrow(x[0], *p);
+  } else {
+    T values[V];
+#pragma unroll
+    for (int i = 0; i < V; ++i) narrow(x[i], values[i]);
+    uint4 bytes;
+    memcpy(&bytes, values, sizeof(bytes));
+    *reinterpret_cast<uint4*>(p) = bytes;
+  }
+}
+
+// Element i of an operand of any type.
+template <class A> __device__ __forceinline__ A at(const Array& array, int64_t i) {
+  switch (array.type) {
+    case Type::float32: return static_cast<A>(static_cast<const float*>(array.data)[i]);
+    case Type::float64: return static_cast<A>(static_cast<const double*>(array.data)[i]);
+    case Type::float16: return static_cast<A>(widen(static_cast<const __half*>(array.data)[i]));
+    default: return static_cast<A>(widen(static_cast<const __nv_bfloat16*>(array.data)[i]));
+  }
+}
+
+// The same constants of a channel for all elements (kWidth 1), or those of as many channels.
+template <class A, int kWidth> struct Constant {
+  A x[kWidth];
+  __device__ __forceinline__ Constant(const A* p) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) x[i] = p[i];
+  }
+  __device__ __forceinline__ A operator[](int i) const { return x[kWidth == 1 ? 0 : i]; }
+};
+
+__device__ __forceinline__ float sigmoid(float z) { return __fdividef(1.0f, 1.0f + expf(-z)); }
+__device__ __forceinline__ double sigmoid(double z) { return 1.0 / (1.0 + exp(-z)); }
+
+// u becomes act(z), k becomes act'(z) k. The branches are the same for all threads of a launch.
+template <class A, int V> __device__ __forceinline__ void activate(Activation kind, A slope, const A (&z)[V], A (&u)[V], A (&k)[V]) {
+  if (kind == Activation::relu) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) u[i] = z[i] <= 0 ? A(0) : z[i], k[i] = z[i] <= 0 ? A(0) : k[i];
+  } else if (kind == Activation::leaky_relu) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) u[i] = z[i] <= 0 ? slope * z[i] : z[i], k[i] = z[i] <= 0 ? slope * k[i] : k[i];
+  } else if (kind == Activation::silu) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const A s = sigmoid(z[i]);
+      u[i] = z[i] * s;
+      k[i] = s * (A(1) + z[i] * (A(1) - s)) * k[i];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) u[i] = z[i];
+  }
+}
+
+// How a grid goes over the branches: item by item, an item being some images, channels and a segment of pixels, read by the
+// kThreads of a block. `lanes`, `rows` and `side` are powers of two whose product is kThreads.
+//   contiguous     `lanes` share the pixels of a channel, there are `rows` channels, and `images` one after the other
+//   channels_last  `lanes` are along the channels, a vector each, `rows` pixels are read at a time, of `side` = `images` images
+struct Geometry {
+  int lanes, rows, side, images;
+  int64_t segment, segments, channel_tiles, image_tiles;
+  __host__ __device__ int64_t items() const { return segments * channel_tiles * image_tiles; }
+};
+
+inline int power_of_two(int64_t n, int most) {
+  int p = 1;
+  while (p < n && p < most) p *= 2;
+  return p;
+}
+
+inline int64_t quotient(int64_t n, int64_t d) { return (n + d - 1) / d; }
+
+// V: channels in a vector of channels_last. The segments do not depend on it. A contiguous segment starts at a multiple of 16
+// bytes if its row does.
+inline Geometry geometry(const Branches& ys, int V) {
+  Geometry s;
+  s.side = 1;
+  const int values = ys.type == Type::float64 ? 2 : ys.type == Type::float32 ? 4 : 8;
+  if (ys.channels_last) {
+    s.segment = 16 * power_of_two(ys.HW, kThreads / power_of_two(quotient(ys.C, values), kWarp));
+    s.lanes = power_of_two(quotient(ys.C, V), kWarp);
+    s.rows = power_of_two(ys.HW, kThreads / s.lanes);
+    s.side = s.images = kThreads / (s.lanes * s.rows);
+    s.channel_tiles = quotient(ys.C, s.lanes * V);
+  } else {
+    s.segment = 4096;
+    s.lanes = power_of_two(quotient(ys.HW, values), kWarp);
+    s.rows = kThreads / s.lanes;
+    s.images = static_cast<int>(std::clamp<int64_t>(2048 / ys.HW, 1, 16));
+    s.channel_tiles = quotient(ys.C, s.rows);
+  }
+  s.segments = quotient(ys.HW, s.segment);
+  s.image_tiles = quotient(ys.B, s.images);
+  return s;
+}
+
+// The place of this thread in an item: its first channel, its first image, and its pixels [start, end), of which it reads those
+// from `lane` on that are `stride` apart (vectors of them, if they are contiguous).
+template <bool kChannelsLast, int V> struct Place {
+  int64_t image_tile, segment, c, b, images, start, end;
+  int lane;
+  bool inside;
+
+  __device__ __forceinline__ Place(const Geometry& s, const Branches& ys, int64_t item) {
+    const int thread = threadIdx.x;
+    int64_t channel_tile;
+    // Blocks that run at the same time are to read what lies side by side.
+    if constexpr (kChannelsLast) {
+      channel_tile = item % s.channel_tiles;
+      segment = item / s.channel_tiles % s.segments;
+      image_tile = item / s.channel_tiles / s.segments;
+      c = (channel_tile * s.lanes + thread % s.lanes) * V;
+      b = image_tile * s.images + thread / (s.lanes * s.rows);
+      images = b < ys.B ? 1 : 0;
+      lane = thread / s.lanes % s.rows;
+    } else {
+      segment = item % s.segments;
+      channel_tile = item / s.segments % s.channel_tiles;
+      image_tile = item / s.segments / s.channel_tiles;
+      c = channel_tile * s.rows + thread / s.lanes;
+      b = image_tile * s.images;
+      images = ys.B - b < s.images ? ys.B - b : s.images;
+      lane = thread % s.lanes;
+    }
+    start = segment * s.segment;
+    end = start + s.segment < ys.HW ? start + s.segment : ys.HW;
+    inside = c < ys.C && images > 0;
+  }
+
+  // tile.run<width, count>(offset, step) for all of this thread's values in image `image`: `count` vectors of `width`, `step` apart.
+  // Vectors of a contiguous row begin at its first multiple of 16 bytes, as an address of `like` tells; null: there are none.
+  template <class T, class Tile>
+  __device__ __forceinline__ void walk(const Geometry& s, const Branches& ys, int64_t image, const T* like, Tile& tile) const {
+    if constexpr (kChannelsLast) {
+      int64_t p = start + lane;
+      for (; p + (kAtOnce<V> - 1) * s.rows < end; p += kAtOnce<V> * s.rows)
+        tile.template run<V, kAtOnce<V>>((image * ys.HW + p) * ys.C + c, s.rows * ys.C);
+      for (; p < end; p += s.rows) tile.template run<V, 1>((image * ys.HW + p) * ys.C + c, 0);
+    } else {
+      const int64_t first = (image * ys.C + c) * ys.HW + start, pixels = end - start;
+      int64_t head = pixels;
+      if (like != nullptr) head = (16 - reinterpret_cast<uintptr_t>(like + first) % 16) % 16 / sizeof(T);
+      if (head > pixels) head = pixels;
+      const int64_t vectors = (pixels - head) / V, step = static_cast<int64_t>(s.lanes) * V;
+      int64_t i = lane;
+      for (; i + (kAtOnce<V> - 1) * s.lanes < vectors; i += kAtOnce<V> * s.lanes)
+        tile.template run<V, kAtOnce<V>>(first + head + i * V, step);
+      for (; i < vectors; i += s.lanes) tile.template run<V, 1>(first + head + i * V, 0);
+      // What lies before the vectors and after them.
+      for (i = lane; i < pixels - vectors * V; i += s.lanes) tile.template run<1, 1>(first + (i < head ? i : i + vectors * V), 0);
+    }
+  }
+};
+
+// The sum over groups of `lanes` neighbouring lanes, in each of them. All lanes of the warp take part.
+template <class A> __device__ __forceinline__ A sum_of_lanes(A x, int lanes) {
+  for (int o = lanes / 2; o > 0; o /= 2) x += __shfl_xor_sync(kAllLanes, x, o);
+  return x;
+}
+
+// Throws what CUDA says of `kernel`.
+inline void check(cudaError_t error, const char* kernel, const std::string& where) {
+  if (error == cudaSuccess) return;
+  // The error is reported here, and not to the next one who asks.
+  cudaGetLastError();
+  throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error) + where);
+}
+
+// How many blocks of this kernel the device holds at a time.
+template <auto kernel> int resident_blocks(const char* name, size_t shared, int device) {
+  static std::atomic<int> known[64];
+  int blocks = device < 64 ? known[device].load(std::memory_order_relaxed) : 0;
+  if (blocks != 0) return blocks;
+  int processors = 0, per_processor = 0;
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), name, ", counting multiprocessors");
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, shared), name, ", counting resident blocks");
+  blocks = processors * per_processor;
+  if (device < 64) known[device].store(blocks, std::memory_order_relaxed);
+  return blocks;
+}
+
+// Blocks for `items`, which a kernel takes in turns of gridDim.x; if they wait for each other, no more than the device holds.
+template <auto kernel, class Parameters>
+void launch(const char* name, const std::string& shape, int64_t items, bool cooperative, size_t shared, Queue queue,
+            const Parameters& parameters) {
+  check(cudaSetDevice(queue.device), name, ", taking device " + std::to_string(queue.device));
+  const int resident = resident_blocks<kernel>(name, shared, queue.device);
+  const int64_t most = cooperative ? resident : int64_t{resident} * 64;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(std::max<int64_t>(1, std::min(items, most))));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared;
+  config.stream = queue.stream;
+  config.attrs = &attribute;
+  config.numAttrs = cooperative ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, parameters), name,
+        ", grid " + std::to_string(config.gridDim.x) + ", block " + std::to_string(kThreads) + ", " + shape);
+}
+
+inline std::string shape_of(const Branches& ys) {
+  return "M = " + std::to_string(ys.M) + ", B = " + std::to_string(ys.B) + ", C = " + std::to_string(ys.C) +
+         ", H * W = " + std::to_string(ys.HW) + (ys.channels_last ? ", channels_last" : ", contiguous");
+}
+
+inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// Whether all of them are as far from a multiple of 16 bytes.
+inline bool alike(const void* like, const void* const* pointers, int count) {
+  for (int i = 0; i < count; ++i)
+    if ((reinterpret_cast<uintptr_t>(pointers[i]) - reinterpret_cast<uintptr_t>(like)) % 16 != 0) return false;
+  return true;
+}
+
+// f.operator()<T>() for the type of the branches, f.operator()<A>() for what they are summed in.
+template <class F> void dispatch(Type type, const F& f) {
+  switch (type) {
+    case Type::float32: return f.template operator()<float>();
+    case Type::float64: return f.template operator()<double>();
+    case Type::float16: return f.template operator()<__half>();
+    default: return f.template operator()<__nv_bfloat16>();
+  }
+}
+template <class F> void dispatch_accumulate(Type type, const F& f) {
+  if (type == Type::float64) f.template operator()<double>();
+  else f.template operator()<float>();
+}
+
+// f.operator()<T, channels_last, V>(): a thread's vectors in channels_last are of V channels, one channel alone if `whole_vectors`
+// does not hold of the addresses or if they do not divide C.
+template <class F> void dispatch(const Branches& ys, bool whole_vectors, const F& f) {
+  dispatch(ys.type, [&]<class T>() {
+    constexpr int V = kVector<T>;
+    if (!ys.channels_last) f.template operator()<T, false, V>();
+    else if (whole_vectors && ys.C % V == 0) f.template operator()<T, true, V>();
+    else f.template operator()<T, true, 1>();
+  });
+}
+
+}  // namespace sk::cuda
