@@ -204,7 +204,7 @@ def _unit(tensors, convolution, shape, norms, fc_reduce, attn_norm, fc_select, a
     attn_norm.check("attn_norm", (shape[0], fc_reduce.shape[0], 1, 1), tensors[0].device)
     v, *moments = _apply(
         _SelectiveKernel,
-        backends.choose(tensors),
+        backends.choose(tensors if convolution is None else tensors[:1]),
         convolution,
         (activation, float(negative_slope)),
         tuple(norms),

@@ -127,10 +127,8 @@ def _attend_kernel(
         hidden = tl.where(exists, hidden, 0.0)
         matrix = tl.load(fc_select + row[None, :].to(tl.int64) * D + d[:, None], is_logit[None, :] & (d < D)[:, None], 0.0).to(A)
         logits = tl.dot(hidden, matrix, logits, input_precision="ieee", out_dtype=A)
-    logits = tl.where(is_logit[None, :], logits, float("-inf")).reshape((IMAGES, BRANCHES, CHANNELS))
-    # Of a channel that is not there, all are infinite.
-    largest = tl.max(logits, 1)
-    e = tl.exp(logits - tl.where(largest == float("-inf"), 0.0, largest)[:, None, :])
+    logits = tl.where((m < M)[None, :], logits, float("-inf")).reshape((IMAGES, BRANCHES, CHANNELS))
+    e = tl.exp(logits - tl.max(logits, 1)[:, None, :])
     weights = (e / tl.sum(e, 1)[:, None, :]).reshape((IMAGES, BRANCHES * CHANNELS))
     tl.store(a + (b * M)[:, None] * C + row[None, :], weights, (b < B)[:, None] & is_logit[None, :])
 
@@ -163,7 +161,7 @@ def attend(
     channels = ceil_div(LOGITS, branches)
     # With given statistics every program makes the whole reduced descriptor of its images: as few of them as busy the GPU.
     if mean is not None:
-        while channels * branches < 4 * LOGITS and blocks * ceil_div(C, 2 * channels) >= 128:
+        if blocks * ceil_div(C, 2 * channels) >= 128:
             channels *= 2
     _attend_kernel[(blocks * ceil_div(C, channels),)](
         pooled, s, reduced, parts, fc_reduce, weight, bias, mean, var, used_mean, used_var, fc_select, select_bias, a, B, P, C, D, M, pixels,
@@ -218,7 +216,7 @@ def _attend_backward_reduce_kernel(
         matrix = tl.load(fc_select + (m * C + c)[:, None].to(tl.int64) * D + d[None, :], exists, 0.0).to(A)
         dlogits = _dlogits_tile(da, a, b, block, B, C, M, BRANCHES, CHANNELS)
         gradient = tl.dot(dlogits, matrix, gradient, input_precision="ieee", out_dtype=A)
-    x, n, _ = _normalized(reduced, mean, var, weight, bias, b, d, B, D, eps, A)
+    x, n, factor = _normalized(reduced, mean, var, weight, bias, b, d, B, D, eps, A)
     gradient = gate(n, gradient, negative_slope, ACTIVATION)
     exists = (b < B)[:, None] & (d < D)[None, :]
     gradient = tl.where(exists, gradient, 0.0)
@@ -244,7 +242,7 @@ def _dreduced_tile(
     dn, reduced, mean, var, weight, bias, b, d, B, D, dbias, dweight, eps: tl.constexpr, TRAINING: tl.constexpr, A: tl.constexpr
 ):  # fmt: skip
     """The gradient of the reduced descriptor of the images b and channels d."""
-    x, _, factor = _normalized(reduced, mean, var, weight, bias, b, d, B, D, eps, A)
+    x, n, factor = _normalized(reduced, mean, var, weight, bias, b, d, B, D, eps, A)
     exists = (b < B)[:, None] & (d < D)[None, :]
     gradient = tl.load(dn + b[:, None] * D + d[None, :], exists, 0.0)
     if TRAINING:
@@ -303,7 +301,7 @@ def _dselect_block(
     IMAGES: tl.constexpr, REDUCED: tl.constexpr, BRANCHES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """dfc_select of CHANNELS channels of all branches and REDUCED columns; the first of a row's blocks writes the bias's gradient."""
-    _, _, reduced, mean, var, weight, bias = norm
+    dn, parts, reduced, mean, var, weight, bias = norm
     A: tl.constexpr = da.dtype.element_ty
     blocks = tl.cdiv(D, REDUCED)
     block = program // blocks
@@ -315,7 +313,7 @@ def _dselect_block(
     for start in range(0, B, IMAGES):
         b = (start + tl.arange(0, IMAGES)).to(tl.int64)
         dlogits = _dlogits_tile(da, a, b, block, B, C, M, BRANCHES, CHANNELS)
-        _, n, _ = _normalized(reduced, mean, var, weight, bias, b, d, B, D, eps, A)
+        x, n, factor = _normalized(reduced, mean, var, weight, bias, b, d, B, D, eps, A)
         total = tl.dot(tl.trans(dlogits), activate(n, negative_slope, ACTIVATION), total, input_precision="ieee", out_dtype=A)
         bias_total += tl.sum(dlogits, 0)
     tl.store(dfc_select + row[:, None].to(tl.int64) * D + d[None, :], total, exists[:, None] & (d < D)[None, :])
