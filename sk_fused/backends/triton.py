@@ -56,8 +56,12 @@ def why_not(branches: Sequence[Tensor]) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _why_not_triton() -> str | None:
+    return _why_not_import()
+
+
+@functools.cache
+def _why_not_import() -> str | None:
     try:
         import triton
     except ImportError as error:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import WARPS, activate, ceil_div, gate, power_of_two
+from .common import WARPS, activate, ceil_div, dense, gate, power_of_two
 
 # Of a tile: images, reduced channels, and what is summed over at a time.
 IMAGES, REDUCED, DEPTH = 16, 32, 32
@@ -150,7 +150,7 @@ def attend(
     used_mean, used_var = pooled.new_empty((D,)), pooled.new_empty((D,))
     blocks = ceil_div(B, IMAGES)
     parts = None
-    fc_reduce, fc_select = fc_reduce.contiguous(), fc_select.contiguous()
+    fc_reduce, fc_select, weight, bias, mean, var, select_bias = dense((fc_reduce, fc_select, weight, bias, mean, var, select_bias))
     if mean is None:
         parts = pooled.new_empty((blocks, 2, D))
         grid = (blocks * ceil_div(D, REDUCED),)
@@ -351,6 +351,7 @@ def attend_backward(
     D = reduced.shape[1]
     dn, ds = torch.empty_like(reduced), torch.empty_like(s)
     dfc_reduce, dfc_select = s.new_empty(fc_reduce.shape), s.new_empty(fc_select.shape)
+    fc_reduce, fc_select, weight, bias = dense((fc_reduce, fc_select, weight, bias))
     dweight, dbias, dselect_bias = s.new_empty((D,)), s.new_empty((D,)), s.new_empty((M * C,))
     blocks = ceil_div(B, IMAGES)
     parts = s.new_empty((blocks, 2, D))
@@ -359,14 +360,14 @@ def attend_backward(
     tile = {"IMAGES": IMAGES, "REDUCED": REDUCED, "BRANCHES": branches, "CHANNELS": channels, "num_warps": WARPS}
     act = {"negative_slope": negative_slope, "ACTIVATION": activation}
     _attend_backward_reduce_kernel[(blocks * ceil_div(D, REDUCED),)](
-        da, a, reduced, weight, bias, mean, var, fc_select.contiguous(), dn, parts, B, C, D, M, eps, **act, **tile
+        da, a, reduced, weight, bias, mean, var, fc_select, dn, parts, B, C, D, M, eps, **act, **tile
     )
     columns = LOGITS
     of_ds, of_reduce = blocks * ceil_div(C, columns), ceil_div(D, REDUCED) * ceil_div(C, columns)
     grid = (of_ds + of_reduce + ceil_div(C, channels) * ceil_div(D, REDUCED),)
     norm = dn, parts, reduced, mean, var, weight, bias
     _attend_backward_kernel[grid](
-        da, a, s, norm, fc_reduce.contiguous(), ds, dfc_reduce, dweight, dbias, dfc_select, dselect_bias, B, C, D, M, eps,
+        da, a, s, norm, fc_reduce, ds, dfc_reduce, dweight, dbias, dfc_select, dselect_bias, B, C, D, M, eps,
         **act, TRAINING=training, COLUMNS=columns, PARTS=_PARTS, **tile,
     )  # fmt: skip
     return ds, dfc_reduce, dweight, dbias, dfc_select, dselect_bias

@@ -6,7 +6,6 @@ and offsets are written as (an index of vectors)·VECTOR, so that the compiler c
 needs to be specialised on, and a kernel is compiled once for all of them.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -70,16 +69,25 @@ def is_channels_last(y: Tensor) -> bool:
     return not y.is_contiguous() or y.shape[2] * y.shape[3] == 1
 
 
-def largest_vector(y: Tensor, length: int) -> int:
-    """How many values of y, a power of two that divides `length`, one access of at most 16 bytes takes."""
-    return math.gcd(16 // y.element_size(), length)
+def row_vector(y: Tensor, length: int) -> int:
+    """Values of one access to contiguous memory: 16 bytes, if that divides the size of the tensor and is at most `length`."""
+    vector = 16 // y.element_size()
+    return vector if y.numel() % vector == 0 and vector <= length else 1
 
 
 def channel_vector(y: Tensor, M: int) -> int:
-    """Values of a channels_last access. A thread keeps a few numbers for every channel that it works on, of M branches at once:
-    of more than two branches its accesses are shorter, so that they fit into registers."""
-    registers = 16 // power_of_two(M) * 4 // accumulate_dtype(y.dtype).itemsize
-    return min(largest_vector(y, y.shape[1]), max(1, registers))
+    """Values of one access to channels_last memory: 16 bytes, if that divides the number of channels. A thread keeps a few numbers
+    for every channel that it works on, of M branches at once: of many branches its accesses are shorter, for these to fit into
+    registers."""
+    vector = 16 // y.element_size()
+    if y.shape[1] % vector:
+        return 1
+    return min(vector, max(1, 16 // power_of_two(M) * 4 // accumulate_dtype(y.dtype).itemsize))
+
+
+def channel_lanes(y: Tensor, vector: int) -> int:
+    """Neighbouring threads that take neighbouring vectors of a pixel: up to 128 bytes, not below the 32 that memory gives at least."""
+    return max(2, min(8, power_of_two(ceil_div(y.shape[1], vector))))
 
 
 def power_of_two(n: int) -> int:
@@ -91,6 +99,6 @@ def ceil_div(n: int, d: int) -> int:
     return -(-n // d)
 
 
-def dense(vectors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """As a kernel takes them: a tuple of contiguous vectors."""
-    return tuple(None if vector is None else vector.contiguous() for vector in vectors)
+def dense(arrays: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Small arrays as a kernel takes them: contiguous."""
+    return tuple(None if array is None else array.contiguous() for array in arrays)

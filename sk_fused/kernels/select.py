@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import THREADS, WARPS, activate, ceil_div, channel_vector, gate, is_channels_last, largest_vector, power_of_two
+from .common import THREADS, WARPS, activate, ceil_div, channel_lanes, channel_vector, gate, is_channels_last, row_vector
 
 
 @triton.jit
@@ -117,14 +117,14 @@ def _select_channels_last_kernel(
 def _row_block(y: Tensor, M: int) -> dict[str, int | bool]:
     """How contiguous memory is cut. Of each branch a thread has 2 vectors in flight; one of more than two branches."""
     B, C, H, W = y.shape
-    vector = min(largest_vector(y, B * C * H * W), power_of_two(H * W + 1) // 2)
+    vector = row_vector(y, H * W)
     return {"VECTOR": vector, "STRADDLES": H * W % vector != 0, "VECTORS": THREADS * (2 if M <= 2 else 1)}
 
 
 def _channel_block(y: Tensor, M: int) -> dict[str, int]:
-    """How channels_last memory is cut: neighbouring threads take up to 128 bytes of a pixel."""
+    """How channels_last memory is cut."""
     vector = channel_vector(y, M)
-    lanes = min(8, power_of_two(y.shape[1] // vector))
+    lanes = channel_lanes(y, vector)
     return {"VECTOR": vector, "CHANNELS": lanes * vector, "PIXELS": THREADS // lanes, "TILES": 8}
 
 

@@ -18,12 +18,13 @@ from .common import (
     accumulate_dtype,
     activate,
     ceil_div,
+    channel_lanes,
     channel_vector,
     dense,
     gate,
     is_channels_last,
-    largest_vector,
     power_of_two,
+    row_vector,
     zeros,
 )
 
@@ -54,7 +55,7 @@ def _row_tile(first, count, lead, vector, pixels, VECTOR: tl.constexpr, STRADDLE
     value = tl.arange(0, VECTOR)[None, None, :]
     offsets = (first[:, None] + vector[None, :])[:, :, None] * VECTOR + value
     read = (vector[None, :] < count[:, None])[:, :, None]
-    inside = read
+    inside = tl.broadcast_to(read, offsets.shape)
     if STRADDLES:
         position = vector[None, :, None] * VECTOR + value - lead[:, None, None]
         inside = read & (position >= 0) & (position < pixels)
@@ -195,22 +196,22 @@ def pooled_parts(y: Tensor, sums: int) -> int:
 
 
 def _row_block(y: Tensor, M: int) -> dict[str, int | bool]:
-    """How contiguous rows are cut. Of each branch a thread has 4 vectors in flight, fewer of more than two branches, for
-    which there would be no registers."""
+    """How contiguous rows are cut. Of each branch a thread has 4 vectors in flight, fewer of more than two branches, for which
+    there would be no registers. A tile is as long as a row, as far as few lengths allow it: those of maps of 7 × 7, 14 × 14,
+    28 × 28 and 56 × 56 in half precision, and what is between."""
     B, C, H, W = y.shape
-    vector = largest_vector(y, B * C * H * W)
+    vector = row_vector(y, y.numel())
     straddles = H * W % vector != 0
     tile = max(THREADS, 8 * THREADS // max(2, power_of_two(M)))
     longest = (H * W + 2 * vector - 2) // vector if straddles else H * W // vector
-    vectors = min(tile, power_of_two(longest))
+    vectors = next(length for length in (8, 32, 128, tile) if length >= min(longest, tile))
     return {"VECTOR": vector, "STRADDLES": straddles, "ROWS": tile // vectors, "VECTORS": vectors}
 
 
 def _channel_block(y: Tensor, M: int, images: int) -> dict[str, int]:
-    """How channels_last rows are cut, for `images` times blocks of channels programs: neighbouring threads take up to 128 bytes
-    of a pixel; where that makes too few programs, less, but not below the 32 that memory gives at least."""
+    """How channels_last memory is cut, for `images` times blocks of channels programs: into narrower blocks where they are few."""
     C, vector = y.shape[1], channel_vector(y, M)
-    lanes = min(8, power_of_two(C // vector))
+    lanes = channel_lanes(y, vector)
     while lanes > 2 and images * ceil_div(C, lanes * vector) < ENOUGH_PROGRAMS:
         lanes //= 2
     return {"VECTOR": vector, "CHANNELS": lanes * vector, "PIXELS": THREADS // lanes, "UNROLL": 4}
@@ -282,10 +283,12 @@ def _store_part(parts, part, channel, exists, channels, shift, total, squares, c
     """Of the `count` values that one program has seen of every channel: the shift, the mean's distance from it, and the sum of
     the squared distances from the mean; into parts, (·, 3, M·C)."""
     delta = total / count
+    squares -= total * delta
     at = parts + part * 3 * channels + channel
     tl.store(at, shift, exists)
     tl.store(at + channels, delta, exists)
-    tl.store(at + 2 * channels, squares - total * delta, exists)
+    # Rounding may take it below 0, where all values are the same; NaN stays.
+    tl.store(at + 2 * channels, tl.where(squares < 0, 0.0, squares), exists)
 
 
 @triton.jit(do_not_specialize=["B", "C", "pixels", "part_images"])
