@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -137,8 +138,11 @@ def compiled(calls: Sequence[Call], capability: int, launch: Callable[[Call], No
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers of a thread, and bytes of its stack, to which it spills."""
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    run = subprocess.run([tool, "--dump-resource-usage", "/dev/stdin"], input=cubin, capture_output=True, check=True)
-    return tuple(int(number) for number in re.search(rb"REG:(\d+) STACK:(\d+)", run.stdout).groups())
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return tuple(int(number) for number in re.search(r"REG:(\d+) STACK:(\d+)", run.stdout).groups())
 
 
 def accesses(ptx: str) -> Counter:
