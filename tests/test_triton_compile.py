@@ -32,7 +32,8 @@ from sk_fused.kernels import attend, select, squeeze
 
 from .parity import DTYPES, LAYOUTS
 
-# Those whose registers are to hold all they need.
+# Those that read branches, or a number for every image and channel: none of their registers may spill. Of the others, whose
+# products are unrolled, a few bytes may.
 STREAMING = ("_squeeze", "_statistics", "_select", "_fold")
 
 
@@ -165,7 +166,7 @@ def test_kernels_compile_without_spills(capability: int, tmp_path, monkeypatch: 
     kernels = list(compiled(AXES if capability == 90 else USUAL, capability))
     print(f"\nsm_{capability}", TITLE, *map(row, kernels), sep="\n")
     assert {kernel.name for kernel in kernels} >= {f"_{name}_kernel" for name in KERNELS}
-    spilled = [row(kernel) for kernel in kernels if kernel.stack > 0 and kernel.name.startswith(STREAMING)]
+    spilled = [row(kernel) for kernel in kernels if kernel.stack > (0 if kernel.name.startswith(STREAMING) else 16)]
     assert not spilled, "\n".join(spilled)
     narrow = [row(kernel) for kernel in kernels if kernel.call in USUAL and is_narrow(kernel)]
     assert not narrow, "\n".join(narrow)

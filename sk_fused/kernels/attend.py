@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import WARPS, activate, ceil_div, dense, gate, power_of_two
+from .common import ENOUGH_PROGRAMS, WARPS, activate, ceil_div, dense, gate, power_of_two
 
 # Of a tile: images, reduced channels, and what is summed over at a time.
 IMAGES, REDUCED, DEPTH = 16, 32, 32
@@ -158,15 +158,14 @@ def attend(
             pooled, s, reduced, parts, fc_reduce, B, P, C, D, pixels, IMAGES=IMAGES, REDUCED=REDUCED, DEPTH=DEPTH, num_warps=WARPS
         )
     branches = power_of_two(M)
-    channels = ceil_div(LOGITS, branches)
-    # With given statistics every program makes the whole reduced descriptor of its images: as few of them as busy the GPU.
-    if mean is not None:
-        if blocks * ceil_div(C, 2 * channels) >= 128:
-            channels *= 2
+    channels, warps = ceil_div(LOGITS, branches), WARPS
+    # With given statistics every program makes the whole reduced descriptor of its images: half as many, if they still busy the GPU.
+    if mean is not None and blocks * ceil_div(C, 2 * channels) >= ENOUGH_PROGRAMS // 4:
+        channels, warps = 2 * channels, 2 * warps
     _attend_kernel[(blocks * ceil_div(C, channels),)](
         pooled, s, reduced, parts, fc_reduce, weight, bias, mean, var, used_mean, used_var, fc_select, select_bias, a, B, P, C, D, M, pixels,
         eps, negative_slope, ACTIVATION=activation, IMAGES=IMAGES, REDUCED=REDUCED, DEPTH=DEPTH, BRANCHES=branches, CHANNELS=channels,
-        PARTS=_PARTS, num_warps=WARPS,
+        PARTS=_PARTS, num_warps=warps,
     )  # fmt: skip
     return a, s, reduced, used_mean, used_var
 
