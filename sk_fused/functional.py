@@ -228,7 +228,7 @@ def _unit(tensors, convolution, shape, norms, fc_reduce, attn_norm, fc_select, s
     attn_norm.check("attn_norm", (shape[0], fc_reduce.shape[0], 1, 1), tensors[0].device)
     v, *moments = _apply(
         _SelectiveKernel,
-        backends.choose(tensors),
+        backends.choose(tensors if convolution is None else tensors[:1]),
         convolution,
         act,
         attn_act,

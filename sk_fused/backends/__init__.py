@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import native, reference
+from . import native, reference, triton
 
 # In the order in which they are tried.
-BACKENDS: dict[str, ModuleType] = {"native": native, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"triton": triton, "native": native, "reference": reference}
 
 _forced: str | None = None
 _said: set[str] = set()

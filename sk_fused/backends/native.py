@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .reference import accumulate_dtype
+from . import fake
 
 try:
     from sk_fused import _C
@@ -82,58 +82,17 @@ if _C is not None:
     select_backward = torch.ops.sk_fused.select_backward.default
     branch_backward = torch.ops.sk_fused.branch_backward.default
 
-    def _output(x: Tensor, weights: Sequence[Tensor], stride: int) -> Tensor:
-        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-        B, _, H, W = x.shape
-        return torch.empty((B, weights[0].shape[0], (H - 1) // stride + 1, (W - 1) // stride + 1), dtype=x.dtype, device=x.device, memory_format=layout)
-
-    @torch.library.register_fake("sk_fused::branch_statistics")
-    def _(ys):
-        shape, dtype = (len(ys), ys[0].shape[1]), accumulate_dtype(ys[0].dtype)
-        return ys[0].new_empty(shape, dtype=dtype), ys[0].new_empty(shape, dtype=dtype)
-
-    @torch.library.register_fake("sk_fused::branch")
-    def _(x, weights, stride, dilations, groups):
-        statistics = [x.new_empty((len(weights), weights[0].shape[0]), dtype=torch.float32) for _ in range(2)]
-        return [_output(x, weights, stride) for _ in weights], *statistics
-
-    @torch.library.register_fake("sk_fused::squeeze")
-    def _(ys, norm_weights, norm_biases, means, variances, eps, activation, negative_slope, sums):
-        like = means[0].new_empty((), dtype=accumulate_dtype(ys[0].dtype))
-        (B, C), M = ys[0].shape[:2], len(ys)
-        folded, pooled = ([like.new_empty(shape) for _ in range(count)] for shape, count in (((M, C), 4), ((B, M, C), sums)))
-        return *folded, pooled[0], pooled[1:]
-
-    @torch.library.register_fake("sk_fused::attend")
-    def _(pooled, pixels, fc_reduce, weight, bias, mean, var, eps, activation, negative_slope, fc_select, select_bias):
-        (B, _, C), D = pooled.shape, fc_reduce.shape[0]
-        return tuple(pooled.new_empty(shape) for shape in ((B, fc_select.shape[0] // C, C), (B, C), (B, D), (D,), (D,)))
-
-    @torch.library.register_fake("sk_fused::select")
-    def _(ys, mean, scale, bias, a, activation, negative_slope):
-        return torch.empty_like(ys[0])
-
-    @torch.library.register_fake("sk_fused::unit")
-    def _(x, weights, stride, *arguments):
-        return _output(x, weights, stride)
-
-    @torch.library.register_fake("sk_fused::select_backward_sums")
-    def _(g, ys, mean, scale, bias, activation, negative_slope):
-        return tuple(mean.new_empty((ys[0].shape[0], *mean.shape)) for _ in range(3))
-
-    @torch.library.register_fake("sk_fused::attend_backward")
-    def _(da, a, s, reduced, fc_reduce, weight, bias, mean, var, eps, training, activation, negative_slope, fc_select):
-        return tuple(s.new_empty(shape) for shape in (s.shape, fc_reduce.shape, mean.shape, mean.shape, fc_select.shape, fc_select.shape[:1]))
-
-    @torch.library.register_fake("sk_fused::fold_backward")
-    def _(a, ds, pixels, R1, R2, K1, K2, r, scale, count):
-        return torch.empty_like(ds), *(torch.empty_like(r) for _ in range(4))
-
-    @torch.library.register_fake("sk_fused::select_backward")
-    def _(g, ys, mean, scale, bias, a, t, p, q, activation, negative_slope):
-        return [torch.empty_like(y) for y in ys]
-
-    @torch.library.register_fake("sk_fused::branch_backward")
-    def _(g, x, weights, stride, dilations, groups, ys, mean, scale, bias, a, t, p, q, activation, negative_slope, needs):
-        dx = torch.empty_like(x) if needs[0] else x.new_empty(0)
-        return dx, [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights] if needs[1] else []
+    for _fake in (
+        fake.branch_statistics,
+        fake.branch,
+        fake.squeeze(lambda ys, sums: len(ys)),
+        fake.attend,
+        fake.select,
+        fake.unit,
+        fake.select_backward_sums,
+        fake.attend_backward,
+        fake.fold_backward,
+        fake.select_backward,
+        fake.branch_backward,
+    ):
+        torch.library.register_fake(f"sk_fused::{_fake.__name__}", _fake)

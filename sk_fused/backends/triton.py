@@ -1,0 +1,124 @@
+"""The Triton kernels of sk_fused/kernels, for a GPU. With TRITON_INTERPRET=1 in the environment they run on a CPU, slowly, where
+this backend is forced.
+
+Triton is imported by the first call that needs it.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+import sk_fused.backends as backends
+
+from . import fake
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# The kernels unroll the branches, and keep sums of all of them in registers.
+MOST_BRANCHES = 8
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+_SCHEMAS = """
+    branch_statistics(Tensor[] ys) -> (Tensor mean, Tensor var)
+    squeeze(Tensor[] ys, Tensor?[] norm_weights, Tensor?[] norm_biases, Tensor[] means, Tensor[] variances, float eps, str activation, \
+float negative_slope, int sums) -> (Tensor mean, Tensor r, Tensor scale, Tensor bias, Tensor pooled, Tensor[] K)
+    attend(Tensor pooled, SymInt pixels, Tensor fc_reduce, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, \
+str activation, float negative_slope, Tensor fc_select, Tensor? select_bias) -> (Tensor a, Tensor s, Tensor reduced, Tensor mean, Tensor var)
+    select(Tensor[] ys, Tensor mean, Tensor scale, Tensor bias, Tensor a, str activation, float negative_slope) -> Tensor
+    select_backward_sums(Tensor g, Tensor[] ys, Tensor mean, Tensor scale, Tensor bias, str activation, float negative_slope) \
+-> (Tensor da, Tensor R1, Tensor R2)
+    attend_backward(Tensor da, Tensor a, Tensor s, Tensor reduced, Tensor fc_reduce, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, \
+float eps, bool training, str activation, float negative_slope, Tensor fc_select) \
+-> (Tensor ds, Tensor dfc_reduce, Tensor dweight, Tensor dbias, Tensor dfc_select, Tensor dselect_bias)
+    fold_backward(Tensor a, Tensor ds, SymInt pixels, Tensor R1, Tensor R2, Tensor K1, Tensor K2, Tensor r, Tensor scale, SymInt count) \
+-> (Tensor t, Tensor dweight, Tensor dbias, Tensor p, Tensor q)
+    select_backward(Tensor g, Tensor[] ys, Tensor mean, Tensor scale, Tensor bias, Tensor a, Tensor t, Tensor p, Tensor q, str activation, \
+float negative_slope) -> Tensor[]
+"""
+
+
+def why_not(branches: Sequence[Tensor]) -> str | None:
+    """The reason why these branches cannot be taken, or None."""
+    y = branches[0]
+    if y.device.type != "cuda" and not (y.device.type == "cpu" and _INTERPRETED and backends._forced == "triton"):
+        return f"the Triton kernels run on a GPU, the branches are on {y.device}"
+    if y.dtype not in DTYPES:
+        return f"the Triton kernels take float32, float64, bfloat16 and float16, the branches are {y.dtype}"
+    if len(branches) > MOST_BRANCHES:
+        return f"the Triton kernels take at most {MOST_BRANCHES} branches, got {len(branches)}"
+    if y.shape[0] == 0:
+        return "the Triton kernels take at least one image, the batch is empty"
+    return _why_not_triton()
+
+
+@torch.compiler.assume_constant_result
+def _why_not_triton() -> str | None:
+    return _why_not_import()
+
+
+@functools.cache
+def _why_not_import() -> str | None:
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton is not there: {error}"
+    if tuple(int(number) for number in triton.__version__.split(".")[:2]) < (3, 6):
+        return f"the Triton kernels need triton 3.6 or later, {triton.__version__} is installed"
+    return None
+
+
+def why_not_convolve(
+    shape: torch.Size, dtype: torch.dtype, weights: Sequence[torch.Size], stride: int, dilations: Sequence[int], groups: int
+) -> str | None:
+    """The reason why convolutions of an x of this shape and dtype are left to PyTorch, or None."""
+    return "the Triton backend has no convolutions, the library's (cuDNN) are used"
+
+
+@functools.cache
+def _kernels() -> dict[str, Callable]:
+    from sk_fused.kernels import attend, select, squeeze
+
+    modules = {"attend": attend, "attend_backward": attend, "select": select, "select_backward": select}
+    return {name: getattr(modules.get(name, squeeze), name) for name in _NAMES}
+
+
+def _launcher(name: str) -> Callable:
+    def launch(*arguments):
+        operand = arguments[0]
+        # Triton launches on the current device.
+        with torch.cuda.device_of(operand if isinstance(operand, Tensor) else operand[0]):
+            return _kernels()[name](*arguments)
+
+    return launch
+
+
+def _parts(ys: Sequence[Tensor], sums: int) -> int:
+    from sk_fused.kernels.squeeze import pooled_parts
+
+    return pooled_parts(ys[0], sums)
+
+
+# Operators, not torch.library.triton_op: to the compiler they are as opaque as the native ones, so there is one graph, and a call
+# costs the host a fifth of what it does through torch.library.custom_op.
+_library = torch.library.Library("sk_fused_triton", "DEF")
+_TAGS = torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides
+_NAMES = []
+for _schema in _SCHEMAS.strip().splitlines():
+    _NAMES.append(_library.define(_schema.strip(), tags=_TAGS))
+    for _key in ("CUDA", "CPU") if _INTERPRETED else ("CUDA",):
+        _library.impl(_NAMES[-1], _launcher(_NAMES[-1]), _key)
+    _fake = fake.squeeze(_parts) if _NAMES[-1] == "squeeze" else getattr(fake, _NAMES[-1])
+    torch.library.register_fake(f"sk_fused_triton::{_NAMES[-1]}", _fake, lib=_library)
+
+branch_statistics = torch.ops.sk_fused_triton.branch_statistics.default
+squeeze = torch.ops.sk_fused_triton.squeeze.default
+attend = torch.ops.sk_fused_triton.attend.default
+select = torch.ops.sk_fused_triton.select.default
+select_backward_sums = torch.ops.sk_fused_triton.select_backward_sums.default
+attend_backward = torch.ops.sk_fused_triton.attend_backward.default
+fold_backward = torch.ops.sk_fused_triton.fold_backward.default
+select_backward = torch.ops.sk_fused_triton.select_backward.default

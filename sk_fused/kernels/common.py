@@ -1,0 +1,104 @@
+"""What the kernels share: the activation, how a tensor's memory is cut into 16-byte accesses, and the constants of a launch.
+
+A branch is read as its memory lies. Contiguous: rows, one for each image and channel, of H·W values. channels_last: rows, one
+for each pixel, of C values. Either way a thread takes `VECTOR` neighbouring values at a time, 16 bytes where the sizes allow it,
+and offsets are written as (an index of vectors)·VECTOR, so that the compiler can see that they are aligned; hence no size
+needs to be specialised on, and a kernel is compiled once for all of them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Threads of a program, in warps of 32. More programs of few threads hide the latency of memory as well as fewer of many, and
+# balance better.
+WARPS = 4
+THREADS = 32 * WARPS
+
+# Programs that keep today's GPUs busy: of 108 to 148 multiprocessors, each holds several.
+ENOUGH_PROGRAMS = 512
+
+
+@triton.jit
+def activate(z, negative_slope: tl.constexpr, ACTIVATION: tl.constexpr):
+    """act(z), NaN where z is."""
+    if ACTIVATION == "relu":
+        return tl.where(z <= 0, 0.0, z)
+    elif ACTIVATION == "leaky_relu":
+        return tl.where(z <= 0, z * negative_slope, z)
+    elif ACTIVATION == "silu":
+        return z / (1.0 + tl.exp(-z))
+    else:
+        tl.static_assert(ACTIVATION == "identity")
+        return z
+
+
+@triton.jit
+def gate(z, value, negative_slope: tl.constexpr, ACTIVATION: tl.constexpr):
+    """act'(z)·value."""
+    if ACTIVATION == "relu":
+        return tl.where(z <= 0, 0.0, value)
+    elif ACTIVATION == "leaky_relu":
+        return tl.where(z <= 0, value * negative_slope, value)
+    elif ACTIVATION == "silu":
+        sigmoid = 1.0 / (1.0 + tl.exp(-z))
+        return sigmoid * (1.0 + z * (1.0 - sigmoid)) * value
+    else:
+        tl.static_assert(ACTIVATION == "identity")
+        return value
+
+
+@triton.jit
+def zeros(shape: tl.constexpr, dtype: tl.constexpr, COUNT: tl.constexpr):
+    """A tuple of COUNT accumulators."""
+    accumulators = ()
+    for _ in tl.static_range(COUNT):
+        accumulators += (tl.zeros(shape, dtype),)
+    return accumulators
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_channels_last(y: Tensor) -> bool:
+    """Whether the rows of y's memory are pixels; maps of 1 × 1 are, either way, and have longer rows so."""
+    return not y.is_contiguous() or y.shape[2] * y.shape[3] == 1
+
+
+def row_vector(y: Tensor, length: int) -> int:
+    """Values of one access to contiguous memory: 16 bytes, if that divides the size of the tensor and is at most `length`."""
+    vector = 16 // y.element_size()
+    return vector if y.numel() % vector == 0 and vector <= length else 1
+
+
+def channel_vector(y: Tensor, M: int) -> int:
+    """Values of one access to channels_last memory: 16 bytes, if that divides the number of channels. A thread keeps a few numbers
+    for every channel that it works on, of M branches at once: of many branches its accesses are shorter, for these to fit into
+    registers."""
+    vector = 16 // y.element_size()
+    if y.shape[1] % vector:
+        return 1
+    return min(vector, max(1, 16 // power_of_two(M) * 4 // accumulate_dtype(y.dtype).itemsize))
+
+
+def channel_lanes(y: Tensor, vector: int) -> int:
+    """Neighbouring threads that take neighbouring vectors of a pixel: up to 128 bytes, not below the 32 that memory gives at least."""
+    return max(2, min(8, power_of_two(ceil_div(y.shape[1], vector))))
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is not less than n."""
+    return 1 << (n - 1).bit_length()
+
+
+def ceil_div(n: int, d: int) -> int:
+    return -(-n // d)
+
+
+def dense(arrays: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Small arrays as a kernel takes them: contiguous."""
+    return tuple(None if array is None else array.contiguous() for array in arrays)

@@ -1,0 +1,460 @@
+"""The sums over pixels: of a branch's batch statistics, of the squeeze, and, weighted by a gradient, of the backward of select,
+on which all small gradients rest; and the small step that turns these into the gradients of the batch-norms.
+
+Every sum is taken in one fixed order: lanes of a tile, tiles in sequence, lanes together; no atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    ENOUGH_PROGRAMS,
+    THREADS,
+    WARPS,
+    accumulate_dtype,
+    activate,
+    ceil_div,
+    channel_lanes,
+    channel_vector,
+    dense,
+    gate,
+    is_channels_last,
+    power_of_two,
+    row_vector,
+    zeros,
+)
+
+# Of branch_statistics: so many, at most, that the second stage holds them in one tile.
+_MOST_PARTS = 64
+
+
+@triton.jit
+def _window(row, exists, pixels, VECTOR: tl.constexpr, STRADDLES: tl.constexpr):
+    """The aligned vectors that cover the rows of a contiguous tensor: the first one's index, how many, and how many values of
+    the first belong to the row before.
+
+    A row of 7 × 7 values begins wherever it begins, mostly not at a multiple of 16 bytes. Its vectors are read whole, with up
+    to VECTOR − 1 values of either neighbour, which are then set aside: so every access stays 16 bytes wide, and what is read
+    twice is read from the cache. VECTOR divides the size of the tensor: nothing outside it is read."""
+    start = row * pixels
+    first = start // VECTOR
+    if STRADDLES:
+        lead = (start - first * VECTOR).to(tl.int32)
+    else:
+        lead = tl.zeros_like(row).to(tl.int32)
+    return first, tl.where(exists, (lead + pixels + VECTOR - 1) // VECTOR, 0), lead
+
+
+@triton.jit
+def _row_tile(first, count, lead, vector, pixels, VECTOR: tl.constexpr, STRADDLES: tl.constexpr):
+    """Of the rows' vectors with these numbers: the offsets of their values, which are to be read, and which belong to the row."""
+    value = tl.arange(0, VECTOR)[None, None, :]
+    offsets = (first[:, None] + vector[None, :])[:, :, None] * VECTOR + value
+    read = (vector[None, :] < count[:, None])[:, :, None]
+    inside = tl.broadcast_to(read, offsets.shape)
+    if STRADDLES:
+        position = vector[None, :, None] * VECTOR + value - lead[:, None, None]
+        inside = read & (position >= 0) & (position < pixels)
+    return offsets, read, inside
+
+
+@triton.jit
+def _pixel_tile(start, pixel, end, channel, vectors, VECTOR: tl.constexpr, UNROLL: tl.constexpr, PIXELS: tl.constexpr):
+    """UNROLL times PIXELS pixels of a channels_last tensor from `pixel` on: the offsets of their values, from that of the image
+    `start`, and which are there."""
+    pixels = pixel + tl.arange(0, UNROLL)[:, None] * PIXELS + tl.arange(0, PIXELS)[None, :]
+    offsets = start + (pixels.to(tl.int64) * vectors)[:, :, None] * VECTOR + channel[None, None, :]
+    return offsets, (pixels < end)[:, :, None] & (channel // VECTOR < vectors)[None, None, :]
+
+
+@triton.jit
+def _folded(m: tl.constexpr, c, exists, writes, norms, mean, r, scale, bias, C, eps: tl.constexpr):
+    """mean, scale and bias of the channels c of branch m: made of the batch-norms `norms`, and written where `writes`; or read."""
+    i = m * C + c
+    if norms is None:
+        return tl.load(mean + i, exists, 0.0), tl.load(scale + i, exists, 0.0), tl.load(bias + i, exists, 0.0)
+    else:
+        A: tl.constexpr = mean.dtype.element_ty
+        weights, biases, means, variances = norms
+        c_mean = tl.load(means[m] + c, exists, 0.0).to(A)
+        c_r = tl.rsqrt(tl.load(variances[m] + c, exists, 1.0).to(A) + eps)
+        c_scale = c_r
+        if weights[m] is not None:
+            c_scale = tl.load(weights[m] + c, exists, 0.0).to(A) * c_r
+        c_bias = tl.zeros_like(c_mean)
+        if biases[m] is not None:
+            c_bias = tl.load(biases[m] + c, exists, 0.0).to(A)
+        tl.store(mean + i, c_mean, writes)
+        tl.store(r + i, c_r, writes)
+        tl.store(scale + i, c_scale, writes)
+        tl.store(bias + i, c_bias, writes)
+        return c_mean, c_scale, c_bias
+
+
+@triton.jit
+def _add_tile(
+    sums, ys, g, offsets, read, inside, parameters, AXIS: tl.constexpr, negative_slope: tl.constexpr, ACTIVATION: tl.constexpr, SUMS: tl.constexpr
+):  # fmt: skip
+    """sums[SUMS·m + i] + Σ over the AXIS of g·act(z), g·k, g·k·(y − mean); g is 1 if there is none. `parameters` are mean, scale
+    and bias of every branch."""
+    A: tl.constexpr = sums[0].dtype
+    if g is not None:
+        weight = tl.load(g + offsets, read, 0.0).to(A)
+    else:
+        weight = tl.full(offsets.shape, 1.0, A)
+    added = ()
+    for m in tl.static_range(len(ys)):
+        mean, scale, bias = parameters[m]
+        d = tl.load(ys[m] + offsets, read, 0.0).to(A) - mean
+        z = d * scale + bias
+        added += (sums[SUMS * m] + tl.sum(tl.where(inside, weight * activate(z, negative_slope, ACTIVATION), 0.0), AXIS),)
+        if SUMS == 3:
+            k = gate(z, weight, negative_slope, ACTIVATION)
+            added += (sums[SUMS * m + 1] + tl.sum(tl.where(inside, k, 0.0), AXIS),)
+            added += (sums[SUMS * m + 2] + tl.sum(tl.where(inside, k * d, 0.0), AXIS),)
+    return added
+
+
+@triton.jit
+def _store_sums(sums, outputs, b, part, parts, c, exists, C, AXIS: tl.constexpr, M: tl.constexpr, SUMS: tl.constexpr):
+    """Σ over the AXIS of every accumulator into outputs[i], (B, M, C); only if outputs[0] is (B, parts, C) over the branches too."""
+    pooled = tl.sum(sums[0], AXIS)
+    if parts is not None:
+        for m in tl.static_range(1, M):
+            pooled += tl.sum(sums[SUMS * m], AXIS)
+        tl.store(outputs[0] + (b * parts + part) * C + c, pooled, exists)
+    for m in tl.static_range(M):
+        if parts is None:
+            tl.store(outputs[0] + (b * M + m) * C + c, tl.sum(sums[SUMS * m], AXIS), exists)
+        for i in tl.static_range(1, SUMS):
+            tl.store(outputs[i] + (b * M + m) * C + c, tl.sum(sums[SUMS * m + i], AXIS), exists)
+
+
+@triton.jit(do_not_specialize=["parts", "B", "C", "pixels"])
+def _squeeze_contiguous_kernel(
+    ys, g, norms, mean, r, scale, bias, outputs, parts, B, C, pixels, eps: tl.constexpr, negative_slope: tl.constexpr,
+    ACTIVATION: tl.constexpr, SUMS: tl.constexpr, VECTOR: tl.constexpr, STRADDLES: tl.constexpr, ROWS: tl.constexpr, VECTORS: tl.constexpr,
+):  # fmt: skip
+    """A program: ROWS rows, VECTORS vectors of each at a time."""
+    M: tl.constexpr = len(ys)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    b = row // C
+    c = (row - b * C).to(tl.int32)
+    exists = b < B
+    parameters = ()
+    for m in tl.static_range(M):
+        c_mean, c_scale, c_bias = _folded(m, c, exists, b == 0, norms, mean, r, scale, bias, C, eps)
+        parameters += ((c_mean[:, None, None], c_scale[:, None, None], c_bias[:, None, None]),)
+    first, count, lead = _window(row, exists, pixels, VECTOR, STRADDLES)
+    sums = zeros((ROWS, VECTORS), mean.dtype.element_ty, M * SUMS)
+    for done in range(0, tl.max(count, 0), VECTORS):
+        offsets, read, inside = _row_tile(first, count, lead, done + tl.arange(0, VECTORS), pixels, VECTOR, STRADDLES)
+        sums = _add_tile(sums, ys, g, offsets, read, inside, parameters, 2, negative_slope, ACTIVATION, SUMS)
+    _store_sums(sums, outputs, b, 0, parts, c, exists, C, 1, M, SUMS)
+
+
+@triton.jit(do_not_specialize=["parts", "B", "vectors", "pixels", "part_pixels"])
+def _squeeze_channels_last_kernel(
+    ys, g, norms, mean, r, scale, bias, outputs, parts, B, vectors, pixels, part_pixels, eps: tl.constexpr, negative_slope: tl.constexpr,
+    ACTIVATION: tl.constexpr, SUMS: tl.constexpr, VECTOR: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """A program: CHANNELS channels of one image, or of a part of its pixels."""
+    M: tl.constexpr = len(ys)
+    C = vectors * VECTOR
+    blocks = tl.cdiv(C, CHANNELS)
+    block = tl.program_id(0) % blocks
+    part = tl.program_id(0) // blocks % tl.cdiv(pixels, part_pixels)
+    b = (tl.program_id(0) // blocks // tl.cdiv(pixels, part_pixels)).to(tl.int64)
+    c = block * CHANNELS + tl.arange(0, CHANNELS)
+    exists = c // VECTOR < vectors
+    parameters = ()
+    for m in tl.static_range(M):
+        c_mean, c_scale, c_bias = _folded(m, c, exists, exists & (b == 0) & (part == 0), norms, mean, r, scale, bias, C, eps)
+        parameters += ((c_mean[None, None, :], c_scale[None, None, :], c_bias[None, None, :]),)
+    sums = zeros((PIXELS, CHANNELS), mean.dtype.element_ty, M * SUMS)
+    end = tl.minimum(pixels, (part + 1) * part_pixels)
+    for pixel in range(part * part_pixels, end, UNROLL * PIXELS):
+        offsets, inside = _pixel_tile(b * pixels * C, pixel, end, c, vectors, VECTOR, UNROLL, PIXELS)
+        sums = _add_tile(sums, ys, g, offsets, inside, inside, parameters, 0, negative_slope, ACTIVATION, SUMS)
+    _store_sums(sums, outputs, b, part, parts, c, exists, C, 0, M, SUMS)
+
+
+# Pixels of a part of an image in `squeeze` with one sum, channels_last: enough for a program to be worth its start, few enough for
+# one image to busy a GPU.
+_PART_PIXELS = 1024
+
+
+def pooled_parts(y: Tensor, sums: int) -> int:
+    """P of `squeeze`. It depends on the size of the maps alone, so that a compiled graph takes batches of any size."""
+    if sums == 3 or not is_channels_last(y):
+        return 1
+    return (y.shape[2] * y.shape[3] + _PART_PIXELS - 1) // _PART_PIXELS
+
+
+def _row_block(y: Tensor, M: int) -> dict[str, int | bool]:
+    """How contiguous rows are cut. Of each branch a thread has 4 vectors in flight, fewer of more than two branches, for which
+    there would be no registers. A tile is as long as a row, as far as few lengths allow it: those of maps of 7 × 7, 14 × 14,
+    28 × 28 and 56 × 56 in half precision, and what is between."""
+    B, C, H, W = y.shape
+    vector = row_vector(y, y.numel())
+    straddles = H * W % vector != 0
+    tile = max(THREADS, 8 * THREADS // max(2, power_of_two(M)))
+    longest = (H * W + 2 * vector - 2) // vector if straddles else H * W // vector
+    vectors = next(length for length in (8, 32, 128, tile) if length >= min(longest, tile))
+    return {"VECTOR": vector, "STRADDLES": straddles, "ROWS": tile // vectors, "VECTORS": vectors}
+
+
+def _channel_block(y: Tensor, M: int, images: int) -> dict[str, int]:
+    """How channels_last memory is cut, for `images` times blocks of channels programs: into narrower blocks where they are few."""
+    C, vector = y.shape[1], channel_vector(y, M)
+    lanes = channel_lanes(y, vector)
+    while lanes > 2 and images * ceil_div(C, lanes * vector) < ENOUGH_PROGRAMS:
+        lanes //= 2
+    return {"VECTOR": vector, "CHANNELS": lanes * vector, "PIXELS": THREADS // lanes, "UNROLL": 4}
+
+
+def _launch_sums(ys, g, norms, mean, r, scale, bias, outputs, parts, eps: float, activation: str, negative_slope: float) -> None:
+    y, M, sums = ys[0], len(ys), len(outputs)
+    B, C, H, W = y.shape
+    arguments = tuple(ys), g, norms, mean, r, scale, bias, outputs, parts
+    if is_channels_last(y):
+        block = _channel_block(y, M, B * (parts or 1))
+        part_pixels = _PART_PIXELS if sums == 1 else H * W
+        grid = (B * ceil_div(H * W, part_pixels) * ceil_div(C, block["CHANNELS"]),)
+        sizes = B, C // block["VECTOR"], H * W, part_pixels
+        kernel = _squeeze_channels_last_kernel
+    else:
+        block = _row_block(y, M)
+        grid, sizes = (ceil_div(B * C, block["ROWS"]),), (B, C, H * W)
+        kernel = _squeeze_contiguous_kernel
+    kernel[grid](*arguments, *sizes, eps, negative_slope, ACTIVATION=activation, SUMS=sums, **block, num_warps=WARPS)
+
+
+def squeeze(ys, norm_weights, norm_biases, means, variances, eps: float, activation: str, negative_slope: float, sums: int):
+    """mean, r, scale, bias, pooled and, with three `sums`, [K1, K2]: see sk_fused/backends/reference.py.
+
+    Floor: every branch is read once; all else is of the size of a descriptor. The batch-norms are folded by the programs that
+    use them, from their own few channels: no launch for it."""
+    y, M = ys[0], len(ys)
+    B, C = y.shape[:2]
+    dtype = accumulate_dtype(y.dtype)
+    mean, r, scale, bias = (torch.empty((M, C), dtype=dtype, device=y.device) for _ in range(4))
+    parts = pooled_parts(y, sums)
+    pooled = torch.empty((B, parts, C), dtype=dtype, device=y.device)
+    K = [torch.empty((B, M, C), dtype=dtype, device=y.device) for _ in range(sums - 1)]
+    norms = dense(norm_weights), dense(norm_biases), dense(means), dense(variances)
+    _launch_sums(ys, None, norms, mean, r, scale, bias, (pooled, *K), parts, eps, activation, negative_slope)
+    return mean, r, scale, bias, pooled, K
+
+
+def select_backward_sums(g, ys, mean, scale, bias, activation: str, negative_slope: float) -> tuple[Tensor, Tensor, Tensor]:
+    """da, R1, R2: the same sums, weighted by g.
+
+    Floor: g and every branch are read once."""
+    B, (M, C) = g.shape[0], mean.shape
+    sums = tuple(torch.empty((B, M, C), dtype=mean.dtype, device=g.device) for _ in range(3))
+    _launch_sums(ys, g, None, mean, None, scale, bias, sums, None, 0.0, activation, negative_slope)
+    return sums
+
+
+@triton.jit
+def _add_deviations(total, squares, values, shift, inside, AXIS: tl.constexpr):
+    """total + Σ d and squares + Σ d² over the AXIS, d = values − shift."""
+    d = tl.where(inside, values - shift, 0.0)
+    return total + tl.sum(d, AXIS), squares + tl.sum(d * d, AXIS)
+
+
+@triton.jit
+def _branch_of(ys, m):
+    """ys[m], of a number that the compiler does not know."""
+    y = ys[0]
+    for i in tl.static_range(1, len(ys)):
+        if m == i:
+            y = ys[i]
+    return y
+
+
+@triton.jit
+def _store_part(parts, part, channel, exists, channels, shift, total, squares, count):
+    """Of the `count` values that one program has seen of every channel: the shift, the mean's distance from it, and the sum of
+    the squared distances from the mean; into parts, (·, 3, M·C)."""
+    delta = total / count
+    squares -= total * delta
+    at = parts + part * 3 * channels + channel
+    tl.store(at, shift, exists)
+    tl.store(at + channels, delta, exists)
+    # Rounding may take it below 0, where all values are the same; NaN stays.
+    tl.store(at + 2 * channels, tl.where(squares < 0, 0.0, squares), exists)
+
+
+@triton.jit(do_not_specialize=["B", "C", "pixels", "part_images"])
+def _statistics_contiguous_kernel(
+    ys, parts, B, C, pixels, part_images, VECTOR: tl.constexpr, STRADDLES: tl.constexpr, ROWS: tl.constexpr, VECTORS: tl.constexpr
+):  # fmt: skip
+    """A program: ROWS channels of one branch, of some images."""
+    A: tl.constexpr = parts.dtype.element_ty
+    M: tl.constexpr = len(ys)
+    blocks = tl.cdiv(C, ROWS)
+    m = tl.program_id(0) // blocks % M
+    part = tl.program_id(0) // blocks // M
+    y = _branch_of(ys, m)
+    c = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    exists = c < C
+    b = part * part_images
+    images = tl.minimum(part_images, B - b)
+    # Tiles to an image: as many as its longest window has.
+    if STRADDLES:
+        tiles = tl.cdiv((pixels + 2 * VECTOR - 2) // VECTOR, VECTORS)
+    else:
+        tiles = tl.cdiv(pixels // VECTOR, VECTORS)
+    first, count, lead = _window(b.to(tl.int64) * C + c, exists, pixels, VECTOR, STRADDLES)
+    offsets, read, inside = _row_tile(first, count, lead, tl.arange(0, VECTORS), pixels, VECTOR, STRADDLES)
+    values = tl.load(y + offsets, read, 0.0).to(A)
+    seen = tl.sum(tl.sum(tl.where(inside, 1.0, 0.0).to(A), 2), 1)
+    shift = tl.sum(tl.sum(tl.where(inside, values, 0.0), 2), 1) / tl.maximum(seen, 1.0)
+    total, squares = tl.zeros((ROWS, VECTORS), A), tl.zeros((ROWS, VECTORS), A)
+    total, squares = _add_deviations(total, squares, values, shift[:, None, None], inside, 2)
+    for tile in range(1, images * tiles):
+        image = tile // tiles
+        first, count, lead = _window((b + image).to(tl.int64) * C + c, exists, pixels, VECTOR, STRADDLES)
+        vector = (tile - image * tiles) * VECTORS + tl.arange(0, VECTORS)
+        offsets, read, inside = _row_tile(first, count, lead, vector, pixels, VECTOR, STRADDLES)
+        values = tl.load(y + offsets, read, 0.0).to(A)
+        total, squares = _add_deviations(total, squares, values, shift[:, None, None], inside, 2)
+    seen = images.to(A) * pixels.to(A)
+    _store_part(parts, part, m * C + c, exists, M * C, shift, tl.sum(total, 1), tl.sum(squares, 1), seen)
+
+
+@triton.jit(do_not_specialize=["pixels", "vectors", "part_pixels"])
+def _statistics_channels_last_kernel(
+    ys, parts, pixels, vectors, part_pixels, VECTOR: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, UNROLL: tl.constexpr
+):  # fmt: skip
+    """A program: CHANNELS channels of one branch, of some of the pixels of all images."""
+    A: tl.constexpr = parts.dtype.element_ty
+    M: tl.constexpr = len(ys)
+    C = vectors * VECTOR
+    blocks = tl.cdiv(C, CHANNELS)
+    m = tl.program_id(0) // blocks % M
+    part = tl.program_id(0) // blocks // M
+    y = _branch_of(ys, m)
+    c = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    exists = c // VECTOR < vectors
+    # The pixels of all images may need 64 bits.
+    start = part.to(tl.int64) * part_pixels
+    end = tl.minimum(pixels, start + part_pixels)
+    offsets, inside = _pixel_tile(0, start, end, c, vectors, VECTOR, UNROLL, PIXELS)
+    values = tl.load(y + offsets, inside, 0.0).to(A)
+    shift = tl.sum(tl.sum(values, 0), 0) / tl.minimum(end - start, UNROLL * PIXELS).to(A)
+    total, squares = tl.zeros((PIXELS, CHANNELS), A), tl.zeros((PIXELS, CHANNELS), A)
+    total, squares = _add_deviations(total, squares, values, shift[None, None, :], inside, 0)
+    for pixel in range(start + UNROLL * PIXELS, end, UNROLL * PIXELS):
+        offsets, inside = _pixel_tile(0, pixel, end, c, vectors, VECTOR, UNROLL, PIXELS)
+        values = tl.load(y + offsets, inside, 0.0).to(A)
+        total, squares = _add_deviations(total, squares, values, shift[None, None, :], inside, 0)
+    _store_part(parts, part, m * C + c, exists, M * C, shift, tl.sum(total, 0), tl.sum(squares, 0), (end - start).to(A))
+
+
+@triton.jit(do_not_specialize=["channels", "count", "part_count", "weight"])
+def _statistics_kernel(parts, mean, var, channels, count, part_count, weight, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Joins the parts, of part_count each, the last one of the rest of `count`; a count stands for `weight` values."""
+    A: tl.constexpr = parts.dtype.element_ty
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    part = tl.arange(0, PARTS)[:, None]
+    exists = (part < tl.cdiv(count, part_count)) & (channel < channels)[None, :]
+    at = parts + part * 3 * channels + channel[None, :]
+    n = tl.minimum(part_count, count - part.to(tl.int64) * part_count).to(A)
+    shift = tl.load(at, exists, 0.0)
+    origin = tl.load(parts + channel, channel < channels, 0.0)
+    # Shifts are close to each other: their differences are exact.
+    distance = tl.where(exists, shift - origin[None, :] + tl.load(at + channels, exists, 0.0), 0.0)
+    between = tl.sum(distance * tl.where(exists, n, 0.0), 0) / count.to(A)
+    deviation = tl.where(exists, distance - between[None, :], 0.0)
+    squares = tl.sum(tl.load(at + 2 * channels, exists, 0.0) + tl.where(exists, n, 0.0) * weight.to(A) * deviation * deviation, 0)
+    tl.store(mean + channel, origin + between, channel < channels)
+    tl.store(var + channel, squares / (count.to(A) * weight.to(A)), channel < channels)
+
+
+def _parts(programs: int) -> int:
+    """Into how many parts the batch is cut for so many programs to each: twice enough, since the last to end are waited for."""
+    return min(_MOST_PARTS, ceil_div(2 * ENOUGH_PROGRAMS, programs))
+
+
+def branch_statistics(ys) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every branch's channels over (B, H, W), each (M, C).
+
+    First the parts of the batch, each by the sums of its distances from a shift, then their union, by the rule of Chan,
+    Golub and LeVeque. The shift is the mean of the part's first tile: whatever the data, its square is at most the variance
+    times the part's share of tiles, which bounds what cancels; a single value, as a shift, may be an outlier.
+
+    Floor: every branch is read once."""
+    y, M = ys[0], len(ys)
+    B, C, H, W = y.shape
+    dtype = accumulate_dtype(y.dtype)
+    if is_channels_last(y):
+        # A program sees one branch only.
+        block = _channel_block(y, 1, ENOUGH_PROGRAMS)
+        tile = block["UNROLL"] * block["PIXELS"]
+        programs, count, weight = M * ceil_div(C, block["CHANNELS"]), B * H * W, 1
+        part_count = ceil_div(ceil_div(count, _parts(programs)), tile) * tile
+        kernel, sizes = _statistics_channels_last_kernel, (count, C // block["VECTOR"], part_count)
+    else:
+        block = _row_block(y, 1)
+        programs, count, weight = M * ceil_div(C, block["ROWS"]), B, H * W
+        part_count = ceil_div(B, _parts(programs))
+        kernel, sizes = _statistics_contiguous_kernel, (B, C, H * W, part_count)
+    number = ceil_div(count, part_count)
+    parts = torch.empty((number, 3, M, C), dtype=dtype, device=y.device)
+    kernel[(programs * number,)](tuple(ys), parts, *sizes, **block, num_warps=WARPS)
+    mean, var = (torch.empty((M, C), dtype=dtype, device=y.device) for _ in range(2))
+    channels = 32
+    grid = (ceil_div(M * C, channels),)
+    _statistics_kernel[grid](parts, mean, var, M * C, count, part_count, weight, PARTS=_MOST_PARTS, CHANNELS=channels, num_warps=WARPS)
+    return mean, var
+
+
+@triton.jit(do_not_specialize=["B", "C", "pixels", "count"])
+def _fold_backward_kernel(
+    a, ds, R1, R2, K1, K2, r, scale, t, dweight, dbias, p, q, B, C, pixels, count, M: tl.constexpr, IMAGES: tl.constexpr, CHANNELS: tl.constexpr
+):  # fmt: skip
+    """A program: CHANNELS channels of one branch, IMAGES images at a time; those of the first branch write t."""
+    A: tl.constexpr = t.dtype.element_ty
+    m = tl.program_id(0) % M
+    c = tl.program_id(0) // M * CHANNELS + tl.arange(0, CHANNELS)
+    first, second = tl.zeros((IMAGES, CHANNELS), A), tl.zeros((IMAGES, CHANNELS), A)
+    for image in range(0, B, IMAGES):
+        b = (image + tl.arange(0, IMAGES))[:, None].to(tl.int64)
+        exists = (b < B) & (c < C)[None, :]
+        share = tl.load(ds + b * C + c[None, :], exists, 0.0) / pixels.to(A)
+        tl.store(t + b * C + c[None, :], share, exists & (m == 0))
+        at = (b * M + m) * C + c[None, :]
+        weight = tl.load(a + at, exists, 0.0)
+        first += weight * tl.load(R1 + at, exists, 0.0) + share * tl.load(K1 + at, exists, 0.0)
+        second += weight * tl.load(R2 + at, exists, 0.0) + share * tl.load(K2 + at, exists, 0.0)
+    at = m * C + c
+    exists = c < C
+    c_r = tl.load(r + at, exists, 0.0)
+    shift, gain = tl.sum(first, 0), c_r * tl.sum(second, 0)
+    tl.store(dbias + at, shift, exists)
+    tl.store(dweight + at, gain, exists)
+    owed = tl.zeros((CHANNELS,), A)
+    if count != 0:
+        owed = tl.load(scale + at, exists, 0.0) / count.to(A)
+    tl.store(p + at, owed * shift, exists)
+    tl.store(q + at, owed * c_r * gain, exists)
+
+
+def fold_backward(a, ds, pixels: int, R1, R2, K1, K2, r, scale, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """t, dweight, dbias, p and q: see sk_fused/backends/reference.py. On (B, M, C)-sized data: no branch is read."""
+    B, M, C = a.shape
+    t = torch.empty_like(ds)
+    dweight, dbias, p, q = (torch.empty_like(r) for _ in range(4))
+    arrays = a, ds, R1, R2, K1, K2, r, scale, t, dweight, dbias, p, q
+    # 64 bytes of neighbouring channels, and so many programs as there can be with them.
+    channels = 16
+    grid = (M * ceil_div(C, channels),)
+    _fold_backward_kernel[grid](*arrays, B, C, pixels, count, M=M, IMAGES=4 * THREADS // channels, CHANNELS=channels, num_warps=WARPS)
+    return t, dweight, dbias, p, q

@@ -1,0 +1,94 @@
+"""The Triton backend: its tests, which need Triton's interpreter, in a process that has it; and what it says where it cannot run."""
+
+import pytest
+import torch
+
+import sk_fused
+from sk_fused.backends import BACKENDS, triton
+
+from .test_operators import run_python
+
+GPU = torch.device("cuda", 0)
+
+
+class Branch:
+    """What why_not looks at, of a tensor on a GPU that need not be there."""
+
+    device, dtype, shape = GPU, torch.float32, (2, 3, 4, 5)
+
+
+def branch(**changes) -> Branch:
+    instance = Branch()
+    vars(instance).update(changes)
+    return instance
+
+
+@pytest.mark.parametrize("which", ["operators", "units"])
+def test_under_the_interpreter(which: str):
+    file = f"tests/triton_{which}.py"
+    run = run_python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "error:sk_fused:RuntimeWarning", file, TRITON_INTERPRET="1")
+    assert run.returncode == 0, run.stdout
+    assert " passed" in run.stdout and "failed" not in run.stdout and "skipped" not in run.stdout
+
+
+def test_why_not():
+    assert triton.why_not([branch()] * 8) is None
+    assert triton.why_not([branch(device=torch.device("cpu"))]) == "the Triton kernels run on a GPU, the branches are on cpu"
+    assert "the branches are torch.int32" in triton.why_not([branch(dtype=torch.int32)])
+    assert "at most 8 branches, got 9" in triton.why_not([branch()] * 9)
+    assert "the batch is empty" in triton.why_not([branch(shape=(0, 3, 4, 5))])
+    assert "cuDNN" in triton.why_not_convolve((2, 8, 4, 4), torch.float32, [(8, 8, 3, 3)], 1, [1], 1)
+
+
+def test_a_gpu_is_triton_s(monkeypatch: pytest.MonkeyPatch):
+    assert list(BACKENDS) == ["native", "triton", "reference"]
+    assert sk_fused.backends.choose([branch()]) is triton
+    monkeypatch.setattr(triton, "_why_not_triton", lambda: "triton is not there: for a test")
+    with pytest.warns(RuntimeWarning, match="the branches are on cuda:0; triton is not there: for a test"):
+        assert sk_fused.backends.choose([branch()]) is sk_fused.backends.reference
+    with sk_fused.use_backend("triton"), pytest.raises(RuntimeError, match="the backend 'triton' was forced, but triton is not there"):
+        sk_fused.backends.choose([branch()])
+
+
+def test_cpu_tensors_only_under_the_interpreter():
+    with sk_fused.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' was forced, but the Triton kernels run on a GPU, the branches are on cpu"):
+        sk_fused.FusedSelectiveKernel(8)(torch.randn(2, 8, 4, 4))
+
+
+@pytest.mark.parametrize(("version", "reason"), [("3.6.0", None), ("3.10.1+git", None), ("3.5.1", "need triton 3.6 or later, 3.5.1 is installed")])
+def test_version_of_triton(version: str, reason: str | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("triton.__version__", version)
+    found = triton._why_not_import.__wrapped__()
+    assert found is None if reason is None else reason in found
+
+
+def test_without_triton():
+    script = (
+        "import sys; sys.modules['triton'] = None; import torch, sk_fused; from sk_fused.backends import triton\n"
+        "sk_fused.FusedSelectiveKernel(8)(torch.randn(2, 8, 4, 4)); print(triton._why_not_triton())"
+    )
+    run = run_python("-c", script)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("triton is not there")
+
+
+def test_launches_on_the_device_of_the_operands(monkeypatch: pytest.MonkeyPatch):
+    """Device 1 while 0 is current: the guard is entered with the operand, and left."""
+    said = []
+
+    class Guard:
+        def __init__(self, operand):
+            self.operand = operand
+
+        def __enter__(self):
+            said.append(("enter", self.operand))
+
+        def __exit__(self, *_):
+            said.append(("exit", self.operand))
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    monkeypatch.setattr(triton, "_kernels", lambda: {"select": lambda *_: said.append("launch"), "select_backward_sums": lambda *_: said.append("launch")})
+    ys, g = [torch.zeros(1)], torch.ones(1)
+    triton._launcher("select")(ys)
+    triton._launcher("select_backward_sums")(g, ys)
+    assert said == [("enter", ys[0]), "launch", ("exit", ys[0]), ("enter", g), "launch", ("exit", g)]
