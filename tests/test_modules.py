@@ -353,7 +353,7 @@ def test_bad_operands_of_attend():
 def test_forced_backends(monkeypatch: pytest.MonkeyPatch):
     unit, _ = pair(in_channels=8)
     x = torch.randn(2, 8, 5, 5)
-    with pytest.raises(ValueError, match="name: expected None or one of native, triton, reference, got 'cuda0'"):
+    with pytest.raises(ValueError, match="name: expected None or one of triton, native, reference, got 'cuda0'"):
         sk_fused.use_backend("cuda0")
     monkeypatch.setattr(sk_fused.backends.native, "_C", None)
     monkeypatch.setattr(sk_fused.backends.native, "_missing", "the native extension is not there: for a test", raising=False)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sk_fused
-from sk_fused.backends import BACKENDS, triton
+from sk_fused.backends import BACKENDS, native, triton
 
 from .test_operators import run_python
 
@@ -37,14 +37,15 @@ def test_why_not():
     assert "the branches are torch.int32" in triton.why_not([branch(dtype=torch.int32)])
     assert "at most 8 branches, got 9" in triton.why_not([branch()] * 9)
     assert "the batch is empty" in triton.why_not([branch(shape=(0, 3, 4, 5))])
-    assert "cuDNN" in triton.why_not_convolve((2, 8, 4, 4), torch.float32, [(8, 8, 3, 3)], 1, [1], 1)
+    assert "cuDNN" in triton.why_not_convolve((2, 8, 4, 4), torch.float32, [(8, 8, 3, 3)], 1, [1], 1, GPU)
 
 
 def test_a_gpu_is_triton_s(monkeypatch: pytest.MonkeyPatch):
-    assert list(BACKENDS) == ["native", "triton", "reference"]
+    assert list(BACKENDS) == ["triton", "native", "reference"]
     assert sk_fused.backends.choose([branch()]) is triton
     monkeypatch.setattr(triton, "_why_not_triton", lambda: "triton is not there: for a test")
-    with pytest.warns(RuntimeWarning, match="the branches are on cuda:0; triton is not there: for a test"):
+    monkeypatch.setattr(native, "_why_not_on_cuda", lambda *_: "nor are native kernels: for a test")
+    with pytest.warns(RuntimeWarning, match="triton is not there: for a test; nor are native kernels: for a test"):
         assert sk_fused.backends.choose([branch()]) is sk_fused.backends.reference
     with sk_fused.use_backend("triton"), pytest.raises(RuntimeError, match="the backend 'triton' was forced, but triton is not there"):
         sk_fused.backends.choose([branch()])

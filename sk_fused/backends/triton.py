@@ -72,9 +72,9 @@ def _why_not_import() -> str | None:
 
 
 def why_not_convolve(
-    shape: torch.Size, dtype: torch.dtype, weights: Sequence[torch.Size], stride: int, dilations: Sequence[int], groups: int
+    shape: torch.Size, dtype: torch.dtype, weights: Sequence[torch.Size], stride: int, dilations: Sequence[int], groups: int, device: torch.device
 ) -> str | None:
-    """The reason why convolutions of an x of this shape and dtype are left to PyTorch, or None."""
+    """The reason why convolutions of an x of this shape, dtype and device are left to PyTorch, or None."""
     return "the Triton backend has no convolutions, the library's (cuDNN) are used"
 
 
