@@ -142,11 +142,11 @@ def _launch(contiguous_kernel, channels_last_kernel, y: Tensor, M: int, arrays: 
     kernel[grid](*arrays, *sizes, negative_slope, ACTIVATION=activation, **block, num_warps=WARPS)
 
 
-def select(ys, mean, scale, bias, a, activation: str, negative_slope: float) -> Tensor:
-    """v, in the dtype and layout of the branches.
+def select(ys, mean, scale, bias, a, activation: str, negative_slope: float, v: Tensor | None = None) -> Tensor:
+    """v, in the dtype and layout of the branches, into the tensor given if there is one.
 
     Floor: every branch is read once, v written once."""
-    v = torch.empty_like(ys[0])
+    v = torch.empty_like(ys[0]) if v is None else v
     arrays = tuple(ys), mean, scale, bias, a, v
     _launch(_select_contiguous_kernel, _select_channels_last_kernel, v, len(ys), arrays, activation, negative_slope)
     return v
