@@ -1,0 +1,135 @@
+"""The Triton convolutions of the branches: their tests, which need Triton's interpreter, in a process that has it; which road is taken;
+and what the kernels compile to, for GPUs that are not there."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from sk_fused.kernels import branch
+
+from .compiling import compiled
+from .parity import LAYOUTS
+from .test_operators import run_python
+from .triton_branch import CASES, operands
+
+
+def test_under_the_interpreter():
+    run = run_python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/triton_branch.py", TRITON_INTERPRET="1")
+    assert run.returncode == 0, run.stdout
+    assert " passed" in run.stdout and "failed" not in run.stdout and "skipped" not in run.stdout
+
+
+def test_precision_is_pytorchs_for_convolutions():
+    """In a process of its own: the older and the newer of PyTorch's settings do not go together."""
+    lines = (
+        "import torch; from sk_fused.kernels.branch import _precision",
+        "print(_precision(torch.float32), _precision(torch.bfloat16))",
+        "torch.backends.cudnn.allow_tf32 = False; print(_precision(torch.float32), _precision(torch.float16))",
+        "torch.backends.cudnn.allow_tf32 = True; print(_precision(torch.float32))",
+        "torch.backends.cudnn.conv.fp32_precision = 'ieee'; print(_precision(torch.float32))",
+    )
+    run = run_python("-c", "\n".join(lines))
+    assert run.stdout.split() == ["tf32", "half", "ieee", "half", "tf32", "ieee"], run.stderr
+
+
+def test_what_is_not_taken_is_said():
+    shape, weights = torch.Size((2, 64, 14, 14)), [torch.Size((64, 64, 3, 3))] * 2
+    for change, says in (
+        ({"dtype": torch.float64}, "float64"),
+        ({"weights": weights * 5}, "10"),
+        ({"weights": [weights[0], torch.Size((64, 32, 3, 3))]}, "32, 3, 3"),
+        ({"weights": [torch.Size((64, 64, 4, 4))] * 2}, "4, 4"),
+        ({"weights": [torch.Size((64, 64, 3, 5))] * 2}, "3, 5"),
+        ({"weights": [torch.Size((64, 48, 3, 3))] * 2}, "64 channels"),
+        ({"groups": 5}, "5 groups"),
+        ({"shape": torch.Size((1, 64, 4096, 4096))}, "4096, 4096"),
+    ):
+        arguments = {"shape": shape, "dtype": torch.bfloat16, "weights": weights, "stride": 1, "dilations": [1, 2], "groups": 1, **change}
+        assert says in branch.why_not_convolve(**arguments)
+    for inputs, C, groups, _, stride, dilations, kernels in CASES.values():
+        for share in (inputs // groups, inputs // groups // len(kernels)):
+            taken = [torch.Size((C, share, k, k)) for k in kernels]
+            x = torch.Size((2, share * groups * (1 if share == inputs // groups else len(kernels)), 14, 14))
+            assert branch.why_not_convolve(x, torch.float32, taken, stride, dilations, groups) is None
+
+
+def test_case_of_a_call_tells_what_changes_the_times():
+    """And nothing else: sizes of images and batches only by powers of two."""
+
+    def case(name: str = "4 a group", B: int = 2, H: int = 7, layout: str = "channels_last", dtype: torch.dtype = torch.float32) -> str:
+        (x, *convolution), _ = operands(name, dtype, layout)
+        x = torch.empty(B, x.shape[1], H, 6, dtype=dtype).to(memory_format=LAYOUTS[layout])
+        return branch._case("unit", x, *convolution)
+
+    assert case() == case(H=8) == "unit, float32 tf32, channels_last: 40 to 40, 4 a group, kernels 3/1 3/2, stride 1, 2 images of 64"
+    assert case(B=5) == case(B=8) and case(B=4) != case(B=5)
+    distinct = [case(), case(H=20), case(B=4), case(layout="contiguous"), case(dtype=torch.float16), *map(case, CASES)]
+    assert len(set(distinct)) == len(distinct) - 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", ["dense", "4 a group", "depthwise"])
+def test_which_road_is_taken_where_nothing_is_measured(case: str, layout: str, monkeypatch: pytest.MonkeyPatch):
+    defaults = {}
+
+    def take(operator, convolution, roads, default):
+        assert default in roads
+        defaults[operator] = default
+
+    monkeypatch.setattr(branch, "_take", take)
+    convolution, rest = operands(case, layout=layout)
+    branch.branch(*convolution)
+    branch.unit(*convolution, *rest)
+    own = case != "dense" and layout == "channels_last"
+    assert defaults == {"branch": "own" if own else "library", "unit": "own twice" if own else "library"}
+
+
+# What is compiled: widths of groups, in and out, that get tiles of their own; the sizes are those of a batch that fills a GPU, and
+# of one that does not.
+WIDTHS = {"dense, 64": (64, 64, 1), "dense, 256": (256, 256, 1), "4 a group": (128, 128, 32), "depthwise": (64, 64, 64)}
+FORMS = [
+    *((width, torch.bfloat16, batch) for width in WIDTHS for batch in (256, 1)),
+    *((width, torch.float32, 256) for width in ("dense, 256", "4 a group")),
+    *((width, "ieee", 256) for width in ("dense, 256", "4 a group")),
+]
+
+# A few registers of a thread are spilled here and there, outside of the loops.
+SPILLED = 32
+
+INSTRUCTIONS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+
+
+def forms(width: str, dtype: torch.dtype, batch: int) -> dict[str, Callable]:
+    """The package's own roads, on tensors without memory."""
+    inputs, C, groups = WIDTHS[width]
+    x = torch.empty(batch, inputs, 14, 14, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+    weights = branch._by_taps([x.new_empty(C, inputs // groups, 3, 3) for _ in range(2)])
+    convolution = weights, 1, [1, 2], groups
+    vectors = tuple(x.new_empty(C, dtype=torch.float32) for _ in range(2))
+    v, norms = branch._empty(x, batch, weights, 1), (vectors, vectors, vectors, vectors, 1e-5)
+    rest = x, v, *convolution, norms, (), "relu", 0.0
+    roads = {"training": lambda: branch._branch_own(x, *convolution), "unit, twice": lambda: branch._own_twice(*rest)}
+    return {**roads, "unit, by rounds": lambda: branch._own_round(*rest)}
+
+
+@pytest.mark.parametrize("arch", INSTRUCTIONS)
+def test_compiles_without_spills_to_the_instructions_meant(arch: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(branch, "_device", lambda device: branch._Device(None, 132, 50 << 20))
+    monkeypatch.setattr(branch, "attend", lambda pooled, *_: (pooled.new_empty(pooled.shape[0], 2, pooled.shape[2]),))
+    monkeypatch.setattr(branch, "select", lambda *_: None)
+    rows, wrong = [], []
+    for width, dtype, batch in FORMS:
+        with monkeypatch.context() as patch:
+            if dtype == "ieee":
+                patch.setattr(branch, "_precision", lambda dtype: "ieee")
+            for road, call in forms(width, torch.float32 if dtype == "ieee" else dtype, batch).items():
+                for kernel in compiled(arch, call):
+                    has_products = width != "depthwise" and dtype != "ieee" and kernel.name != "_moments_kernel"
+                    rows.append(f"sm_{arch} {width:12} {dtype!s:15} {batch:4} {road:16} {kernel.name:24} {kernel.registers:4} {kernel.shared:7} {kernel.spilled:4}")
+                    if kernel.spilled > SPILLED or has_products != (INSTRUCTIONS[arch] in kernel.ptx):
+                        wrong.append(rows[-1])
+    print("arch, width, dtype, batch, road, kernel: registers, shared memory, spilled bytes", *dict.fromkeys(rows), sep="\n")
+    assert not wrong, wrong
