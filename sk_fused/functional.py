@@ -169,7 +169,7 @@ def convolved_selective_kernel(
     activation: str = "relu",
     negative_slope: float = 0.01,
 ) -> Tensor:
-    """`selective_kernel` of the convolutions y_m = w_m ∗ x_m, 3 × 3, padded by their dilation, which are the package's own.
+    """`selective_kernel` of the convolutions y_m = w_m ∗ x_m, padded by dilation·⌊size/2⌋, which are the package's own.
 
     x_m is x, or, if x has M times the channels that a weight takes, the m-th part of its channels, read where it is. In eval
     without gradients the whole unit is one operator, and the branches do not leave the cache. `why_not_convolved` says
@@ -177,7 +177,7 @@ def convolved_selective_kernel(
 
     Args:
         x: (B, C', H, W), contiguous or channels_last, else brought to contiguous.
-        weights: M weights (C, inputs, 3, 3), with C' = groups · inputs, or M times that.
+        weights: M weights (C, inputs, size, size), of odd sizes, with C' = groups · inputs, or M times that.
         stride: of all branches.
         dilations: one for each branch.
         groups: of all branches.

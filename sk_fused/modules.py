@@ -225,7 +225,7 @@ class FusedSelectiveKernel(nn.Module):
         return x.split(self.in_channels // self.num_paths, 1) if self.split_input else [x] * self.num_paths
 
     def _are_plain(self, convs: Sequence[nn.Module]) -> bool:
-        """Whether these are convolutions that nobody listens to, with one stride and groups, padded by their dilation."""
+        """Whether these are square convolutions that nobody listens to, with one stride and groups, padded by what they reach."""
         stride, groups = convs[0].stride, convs[0].groups
         return not _hooked(*convs) and all(
             type(conv) is nn.Conv2d
@@ -233,7 +233,9 @@ class FusedSelectiveKernel(nn.Module):
             and conv.padding_mode == "zeros"
             and conv.groups == groups
             and conv.stride == stride == (stride[0],) * 2
-            and conv.padding == conv.dilation == (conv.dilation[0],) * 2
+            and conv.kernel_size == (conv.kernel_size[0],) * 2
+            and conv.dilation == (conv.dilation[0],) * 2
+            and conv.padding == (conv.dilation[0] * (conv.kernel_size[0] // 2),) * 2
             for conv in convs
         )
 

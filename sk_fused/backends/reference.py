@@ -1,11 +1,11 @@
 """The functions of a backend in plain PyTorch: their specification, and what runs where no kernel can.
 
-`branch`, `branch_backward` and `unit` are for branches that are convolved here, w_m ∗ x_m, 3 × 3, padded by their dilation, x_m
-being x or the m-th part of its channels; the others go on from the branches.
+`branch`, `branch_backward` and `unit` are for branches that are convolved here, w_m ∗ x_m, of odd square kernels of any size, padded
+by what they reach, dilation·⌊size/2⌋, x_m being x or the m-th part of its channels; the others go on from the branches.
 
 Shapes, in every backend: `ys` are the M branches (B, C, H, W), dense and in one layout; `norm_weights`, `norm_biases` (or None),
 `means` and `variances` are M vectors (C,); `mean`, `r`, `scale`, `bias`, `p`, `q` are (M, C); `a`, K1, K2, R1, R2 are (B, M, C);
-`s` and `t` are (B, C); `x` is (B, C, H', W'), `weights` are M (C, inputs, 3, 3); `fc_reduce` is (D, C) or (D, C, 1, 1), `fc_select`
+`s` and `t` are (B, C); `x` is (B, C, H', W'), `weights` are M (C, inputs, size, size); `fc_reduce` is (D, C) or (D, C, 1, 1), `fc_select`
 (M·C, D) or (M·C, D, 1, 1). The parameters and running statistics may have any dtype. All else but the branches, `x`, `weights`, `g`
 and `v` is float32, or float64 for float64 branches. `pixels` is H·W. With z_m = (y_m − mean_m)·scale_m + bias_m, k_m = act'(z_m):
 
@@ -89,7 +89,8 @@ def _shares(x: Tensor, weights: Sequence[Tensor], groups: int) -> Sequence[Tenso
 
 
 def _convolutions(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int) -> list[Tensor]:
-    return [F.conv2d(x_m, w, None, stride, d, d, groups) for x_m, w, d in zip(_shares(x, weights, groups), weights, dilations, strict=True)]
+    xs = _shares(x, weights, groups)
+    return [F.conv2d(x_m, w, None, stride, d * (w.shape[2] // 2), d, groups) for x_m, w, d in zip(xs, weights, dilations, strict=True)]
 
 
 def _fold(weights, biases, means, variances, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -240,7 +241,7 @@ def branch_backward(
     xs = _shares(x, weights, groups)
     dxs, dweights = [], []
     for dy, x_m, w, d in zip(dys, xs, weights, dilations, strict=True):
-        geometry = [stride] * 2, [d] * 2, [d] * 2, False, [0, 0], groups
+        geometry = [stride] * 2, [d * (w.shape[2] // 2)] * 2, [d] * 2, False, [0, 0], groups
         dx, dw, _ = torch.ops.aten.convolution_backward(dy, x_m, w, None, *geometry, [*needs, False])
         dxs.append(dx)
         dweights.append(dw)
