@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+import sk_fused
 from sk_fused.backends import reference
+from sk_fused.backends import triton as backend
 from sk_fused.kernels import branch
 
 from . import parity
@@ -227,3 +229,58 @@ def test_nan_reaches_the_outputs_that_it_should_and_no_other(monkeypatch: pytest
     for road in roads_of(lambda: branch.unit(x, *convolution, *rest), monkeypatch).values():
         v = road()
         assert v[1].isnan().any() and not v[0].isnan().any()
+
+
+@pytest.fixture
+def forced():
+    with sk_fused.use_backend("triton"):
+        yield
+
+
+# What FusedSelectiveKernel is given, and the channels of x.
+UNITS = {
+    "split": dict(in_channels=24),
+    "4 a group, stride 2": dict(in_channels=16, groups=4, stride=2, split_input=False),
+    "depthwise, three branches": dict(in_channels=8, groups=8, kernel_size=[3, 5, 7], split_input=False),
+    "5 × 5": dict(in_channels=8, groups=2, keep_3x3=False, split_input=False),
+}
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", UNITS)
+def test_unit_matches_timm(case: str, layout: str, monkeypatch: pytest.MonkeyPatch):
+    """In training, and in eval with and without gradients; by the package's own convolutions where they are the default."""
+    roads, choose = set(), branch.choice.choose
+    monkeypatch.setattr(branch.choice, "choose", lambda *arguments: roads.add(choose(*arguments)) or choose(*arguments))
+    shape = (3, UNITS[case]["in_channels"], 5, 4)
+    for training in (True, False):
+        ours, theirs = (unit.train(training) for unit in parity.pair(layout=layout, **UNITS[case]))
+        parity.assert_parity(ours, theirs, parity.batches(2 if training else 1, shape, layout=layout))
+    (x,) = parity.batches(1, shape, layout=layout)
+    with torch.no_grad():
+        v, timm_v = ours(x), theirs(x)
+        parity.assert_within("eval without gradients", v, timm_v, theirs.double()(x.double()))
+    assert v.is_contiguous(memory_format=LAYOUTS[layout])
+    own = {"own", "own by rounds" if case == "5 × 5" else "own twice"}
+    assert roads == (own if case != "split" and layout == "channels_last" else {"library"})
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_unit_in_half_precision_matches_timm(dtype: torch.dtype):
+    arguments = UNITS["4 a group, stride 2"]
+    parity.assert_parity(*parity.pair(dtype, "channels_last", **arguments), parity.batches(1, (3, 16, 7, 6), dtype, "channels_last"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(layout: str):
+    (x, *convolution), rest = operands("32 a group, stride 2", layout=layout)
+    ys = exact_branches(x, *convolution)
+    M, C, B = len(ys), ys[0].shape[1], x.shape[0]
+    mean, scale, bias, p, q = torch.randn(5, M, C)
+    small = mean, scale, bias, torch.randn(B, M, C).softmax(1), torch.randn(B, C), p, q
+    torch.library.opcheck(backend.branch, (x, *convolution))
+    torch.library.opcheck(backend.unit, (x, *convolution, *rest))
+    for needs in ([True, True], [False, False]):
+        torch.library.opcheck(backend.branch_backward, (torch.randn_like(ys[0]), x, *convolution, ys, *small, "relu", 0.0, needs))

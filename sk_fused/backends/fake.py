@@ -8,10 +8,14 @@ from torch import Tensor
 from .reference import accumulate_dtype
 
 
+def layout_of(x: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+
+
 def _output(x: Tensor, weights: Sequence[Tensor], stride: int) -> Tensor:
-    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-    B, _, H, W = x.shape
-    return torch.empty((B, weights[0].shape[0], (H - 1) // stride + 1, (W - 1) // stride + 1), dtype=x.dtype, device=x.device, memory_format=layout)
+    (B, _, H, W), C = x.shape, weights[0].shape[0]
+    shape = B, C, (H - 1) // stride + 1, (W - 1) // stride + 1
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
 
 
 def branch_statistics(ys):
@@ -65,6 +69,11 @@ def select_backward(g, ys, mean, scale, bias, a, t, p, q, activation, negative_s
     return [torch.empty_like(y) for y in ys]
 
 
-def branch_backward(g, x, weights, stride, dilations, groups, ys, mean, scale, bias, a, t, p, q, activation, negative_slope, needs):
-    dx = torch.empty_like(x) if needs[0] else x.new_empty(0)
-    return dx, [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights] if needs[1] else []
+def branch_backward(layout: Callable[[Tensor], torch.memory_format]):
+    """The operator of a backend whose dw have the `layout(x)`."""
+
+    def branch_backward(g, x, weights, stride, dilations, groups, ys, mean, scale, bias, a, t, p, q, activation, negative_slope, needs):
+        dx = torch.empty_like(x) if needs[0] else x.new_empty(0)
+        return dx, [torch.empty_like(w, memory_format=layout(x)) for w in weights] if needs[1] else []
+
+    return branch_backward

@@ -93,6 +93,6 @@ if _C is not None:
         fake.attend_backward,
         fake.fold_backward,
         fake.select_backward,
-        fake.branch_backward,
+        fake.branch_backward(lambda x: torch.contiguous_format),
     ):
         torch.library.register_fake(f"sk_fused::{_fake.__name__}", _fake)

@@ -17,12 +17,21 @@ from . import fake
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+# Those of convolutions.
+CONVOLVED = (torch.float32, torch.bfloat16, torch.float16)
+
 # The kernels unroll the branches, and keep sums of all of them in registers.
 MOST_BRANCHES = 8
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _SCHEMAS = """
+    branch(Tensor x, Tensor[] weights, int stride, int[] dilations, int groups) -> (Tensor[] ys, Tensor mean, Tensor var)
+    branch_backward(Tensor g, Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, Tensor[] ys, Tensor mean, Tensor scale, \
+Tensor bias, Tensor a, Tensor t, Tensor p, Tensor q, str activation, float negative_slope, bool[] needs) -> (Tensor dx, Tensor[] dweights)
+    unit(Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, Tensor?[] norm_weights, Tensor?[] norm_biases, Tensor[] means, \
+Tensor[] variances, float eps, Tensor fc_reduce, Tensor? attn_weight, Tensor? attn_bias, Tensor attn_mean, Tensor attn_var, float attn_eps, \
+Tensor fc_select, str activation, float negative_slope) -> Tensor
     branch_statistics(Tensor[] ys) -> (Tensor mean, Tensor var)
     squeeze(Tensor[] ys, Tensor?[] norm_weights, Tensor?[] norm_biases, Tensor[] means, Tensor[] variances, float eps, str activation, \
 float negative_slope, int sums) -> (Tensor mean, Tensor r, Tensor scale, Tensor bias, Tensor pooled, Tensor[] K)
@@ -74,15 +83,30 @@ def _why_not_import() -> str | None:
 def why_not_convolve(
     shape: torch.Size, dtype: torch.dtype, weights: Sequence[torch.Size], stride: int, dilations: Sequence[int], groups: int, device: torch.device
 ) -> str | None:
-    """The reason why convolutions of an x of this shape, dtype and device are left to PyTorch, or None."""
-    return "the Triton backend has no convolutions, the library's (cuDNN) are used"
+    """The reason why convolutions of an x of this shape, dtype and device are left to PyTorch, or None. `branch` and `unit` may well
+    take the library's themselves: see sk_fused/kernels/choice.py."""
+    M, (C, inputs, size, _) = len(weights), weights[0]
+    if dtype not in CONVOLVED:
+        return f"the Triton convolutions take float32, bfloat16 and float16, got {dtype}"
+    if M > MOST_BRANCHES:
+        return f"the Triton convolutions have at most {MOST_BRANCHES} branches, got {M}"
+    uneven = any(tuple(weight) != (C, inputs, weight[2], weight[2]) or weight[2] % 2 == 0 for weight in weights)
+    if uneven or C % groups or shape[1] not in (groups * inputs, M * groups * inputs):
+        return (
+            "the Triton convolutions have odd square kernels, with the same channels in all branches, which are those of x or of its parts, "
+            f"got weights {[tuple(weight) for weight in weights]} in {groups} groups for {shape[1]} channels"
+        )
+    if shape[2] * shape[3] * max(shape[1], C) >= 1 << 30:
+        return f"the Triton convolutions take images and branches of less than 2³⁰ values, got {tuple(shape[1:])} to {C} channels"
+    return None
 
 
 @functools.cache
 def _kernels() -> dict[str, Callable]:
-    from sk_fused.kernels import attend, select, squeeze
+    from sk_fused.kernels import attend, branch, select, squeeze
 
     modules = {"attend": attend, "attend_backward": attend, "select": select, "select_backward": select}
+    modules |= {"branch": branch, "branch_backward": branch, "unit": branch}
     return {name: getattr(modules.get(name, squeeze), name) for name in _NAMES}
 
 
@@ -106,19 +130,23 @@ def _parts(ys: Sequence[Tensor], sums: int) -> int:
 # costs the host a fifth of what it does through torch.library.custom_op.
 _library = torch.library.Library("sk_fused_triton", "DEF")
 _TAGS = torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides
+_FAKES = {"squeeze": fake.squeeze(_parts), "branch_backward": fake.branch_backward(fake.layout_of)}
 _NAMES = []
 for _schema in _SCHEMAS.strip().splitlines():
     _NAMES.append(_library.define(_schema.strip(), tags=_TAGS))
     for _key in ("CUDA", "CPU") if _INTERPRETED else ("CUDA",):
         _library.impl(_NAMES[-1], _launcher(_NAMES[-1]), _key)
-    _fake = fake.squeeze(_parts) if _NAMES[-1] == "squeeze" else getattr(fake, _NAMES[-1])
+    _fake = _FAKES.get(_NAMES[-1]) or getattr(fake, _NAMES[-1])
     torch.library.register_fake(f"sk_fused_triton::{_NAMES[-1]}", _fake, lib=_library)
 
 branch_statistics = torch.ops.sk_fused_triton.branch_statistics.default
+branch = torch.ops.sk_fused_triton.branch.default
 squeeze = torch.ops.sk_fused_triton.squeeze.default
 attend = torch.ops.sk_fused_triton.attend.default
 select = torch.ops.sk_fused_triton.select.default
+unit = torch.ops.sk_fused_triton.unit.default
 select_backward_sums = torch.ops.sk_fused_triton.select_backward_sums.default
 attend_backward = torch.ops.sk_fused_triton.attend_backward.default
 fold_backward = torch.ops.sk_fused_triton.fold_backward.default
 select_backward = torch.ops.sk_fused_triton.select_backward.default
+branch_backward = torch.ops.sk_fused_triton.branch_backward.default

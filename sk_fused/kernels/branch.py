@@ -35,8 +35,6 @@ from .squeeze import branch_statistics, squeeze
 
 T = TypeVar("T")
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 # The interpreter multiplies the bits of bfloat16, not its values.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -462,7 +460,7 @@ def _branch_own(x, weights, stride: int, dilations, groups: int) -> tuple[list[T
     C, pixels = ys[0].shape[1], ys[0].numel() // ys[0].shape[1]
     launch = _launch(x, weights, stride, dilations, groups, ys[0], pixels, M, _TRAINING)
     partials = x.new_empty((2, M, C, launch.tiles), dtype=torch.float32)
-    mean, var = x.new_empty((2, M, C), dtype=torch.float32)
+    mean, var = (x.new_empty((M, C), dtype=torch.float32) for _ in range(2))
     _branch_kernel[(launch.programs * launch.tiles,)](x, weights, tuple(ys), partials, *launch.sizes, **launch.constants)
     _moments_kernel[(M * C,)](partials, mean, var, launch.tiles, pixels, BLOCK_P=launch.constants["BLOCK_P"], BLOCK=1024)
     return ys, mean, var
@@ -555,25 +553,3 @@ def _twice_is_less(dtype: torch.dtype, weights: Sequence[Tensor], groups: int) -
     width, speed = (1, "ieee") if inputs == 1 else (_pack(inputs, outputs, groups, dtype) * inputs, _precision(dtype))
     flops = 2 * max(weight.shape[2] ** 2 for weight in weights) * width
     return flops <= 2 * dtype.itemsize * _FLOPS_A_BYTE[speed]
-
-
-def why_not_convolve(
-    shape: torch.Size, dtype: torch.dtype, weights: Sequence[torch.Size], stride: int, dilations: Sequence[int], groups: int
-) -> str | None:
-    """The reason why convolutions of an x of this shape and dtype are not made here, or None. It does not say whose convolution is
-    taken: that is chosen for each call."""
-    if dtype not in _DTYPES:
-        return f"the triton convolutions take float32, bfloat16 and float16, got {dtype}"
-    C, inputs, k, _ = weights[0]
-    M = len(weights)
-    if M > 8:
-        return f"the triton convolutions have at most 8 branches, got {M}"
-    odd = [tuple(weight) for weight in weights if weight[:2] != weights[0][:2] or weight[2] != weight[3] or weight[2] % 2 == 0]
-    if odd or C % groups or shape[1] not in (groups * inputs, M * groups * inputs):
-        return (
-            "the triton convolutions have odd square kernels of as many channels in all branches, which are those of x or of its parts, "
-            f"got weights {[tuple(weight) for weight in weights]} in {groups} groups for {shape[1]} channels"
-        )
-    if shape[2] * shape[3] * max(shape[1], C) >= 1 << 30:
-        return f"the triton convolutions count the values of an image, or of a branch of it, to less than 2³⁰, got {tuple(shape[1:])} to {C} channels"
-    return None
