@@ -1,7 +1,7 @@
 """The Triton convolutions of the branches: their tests, which need Triton's interpreter, in a process that has it; which road is taken;
 and what the kernels compile to, for GPUs that are not there."""
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,9 +11,9 @@ pytest.importorskip("triton")
 from sk_fused.backends import triton
 from sk_fused.kernels import branch
 
-from .compiling import compiled
 from .parity import LAYOUTS
 from .test_operators import run_python
+from .test_triton_compile import compiled
 from .triton_branch import CASES, operands
 
 
@@ -94,49 +94,54 @@ def test_which_road_is_taken_where_nothing_is_measured(case: str, layout: str, m
     assert defaults == expected
 
 
-# What is compiled: widths of groups, in and out, that get tiles of their own; the sizes are those of a batch that fills a GPU, and
-# of one that does not.
-WIDTHS = {"dense, 64": (64, 64, 1), "dense, 256": (256, 256, 1), "4 a group": (128, 128, 32), "depthwise": (64, 64, 64)}
-FORMS = [
-    *((width, torch.bfloat16, batch) for width in WIDTHS for batch in (256, 1)),
-    *((width, torch.float32, 256) for width in ("dense, 256", "4 a group")),
-    *((width, "ieee", 256) for width in ("dense, 256", "4 a group")),
+class Call(NamedTuple):
+    """Convolutions, by what the launchers look at: channels in and out and groups, images of 14 × 14."""
+
+    channels: tuple[int, int, int]
+    precision: str = "half"
+    images: int = 256
+
+
+# What has tiles of its own: widths of groups, in and out; batches that fill a GPU and that do not; precisions.
+DENSE, WIDE, NARROW, DEPTHWISE = (64, 64, 1), (256, 256, 1), (128, 128, 32), (64, 64, 64)
+CALLS = [
+    *(Call(channels, images=images) for channels in (DENSE, WIDE, NARROW, DEPTHWISE) for images in (256, 1)),
+    *(Call(*call) for call in ((WIDE, "tf32"), (NARROW, "tf32"), (NARROW, "ieee"))),
 ]
 
-# A few registers of a thread are spilled here and there, outside of the loops.
-SPILLED = 32
 
-INSTRUCTIONS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+def launch(call: Call) -> None:
+    """The package's own roads, of two branches, on tensors without memory."""
+    inputs, C, groups = call.channels
+    dtype = torch.bfloat16 if call.precision == "half" else torch.float32
+    x = torch.empty(call.images, inputs, 14, 14, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+    vectors = (x.new_empty(C, dtype=torch.float32),) * 2
+    convolution = [x.new_empty(C, inputs // groups, 3, 3) for _ in range(2)], 1, [1, 2], groups
+    unit = vectors, vectors, vectors, vectors, 1e-5, None, None, None, None, None, 1e-5, None, "relu", 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(branch, "_device", lambda device: branch._Device("a GPU", 132, 1 << 20))
+        patch.setattr(branch, "_precision", lambda dtype: call.precision)
+        # Their kernels have their own test.
+        patch.setattr(branch, "attend", lambda pooled, *_: [pooled.new_empty(pooled.shape[0], 2, pooled.shape[2])])
+        patch.setattr(branch, "select", lambda *_: None)
+        roads = {}
+        patch.setattr(branch, "_take", lambda operator, convolution, ways, default: roads.update(ways))
+        branch.branch(x, *convolution)
+        branch.unit(x, *convolution, *unit)
+        for road in ("own", "own by rounds", "own twice"):
+            roads[road]()
 
 
-def forms(width: str, dtype: torch.dtype, batch: int) -> dict[str, Callable]:
-    """The package's own roads, on tensors without memory."""
-    inputs, C, groups = WIDTHS[width]
-    x = torch.empty(batch, inputs, 14, 14, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
-    weights = branch._by_taps([x.new_empty(C, inputs // groups, 3, 3) for _ in range(2)])
-    convolution = weights, 1, [1, 2], groups
-    vectors = tuple(x.new_empty(C, dtype=torch.float32) for _ in range(2))
-    v, norms = branch._empty(x, batch, weights, 1), (vectors, vectors, vectors, vectors, 1e-5)
-    rest = x, v, *convolution, norms, (), "relu", 0.0
-    roads = {"training": lambda: branch._branch_own(x, *convolution), "unit, twice": lambda: branch._own_twice(*rest)}
-    return {**roads, "unit, by rounds": lambda: branch._own_round(*rest)}
-
-
-@pytest.mark.parametrize("arch", INSTRUCTIONS)
-def test_compiles_without_spills_to_the_instructions_meant(arch: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(branch, "_device", lambda device: branch._Device(None, 132, 50 << 20))
-    monkeypatch.setattr(branch, "attend", lambda pooled, *_: (pooled.new_empty(pooled.shape[0], 2, pooled.shape[2]),))
-    monkeypatch.setattr(branch, "select", lambda *_: None)
-    rows, wrong = [], []
-    for width, dtype, batch in FORMS:
-        with monkeypatch.context() as patch:
-            if dtype == "ieee":
-                patch.setattr(branch, "_precision", lambda dtype: "ieee")
-            for road, call in forms(width, torch.float32 if dtype == "ieee" else dtype, batch).items():
-                for kernel in compiled(arch, call):
-                    has_products = width != "depthwise" and dtype != "ieee" and kernel.name != "_moments_kernel"
-                    rows.append(f"sm_{arch} {width:12} {dtype!s:15} {batch:4} {road:16} {kernel.name:24} {kernel.registers:4} {kernel.shared:7} {kernel.spilled:4}")
-                    if kernel.spilled > SPILLED or has_products != (INSTRUCTIONS[arch] in kernel.ptx):
-                        wrong.append(rows[-1])
-    print("arch, width, dtype, batch, road, kernel: registers, shared memory, spilled bytes", *dict.fromkeys(rows), sep="\n")
-    assert not wrong, wrong
+@pytest.mark.parametrize(("capability", "products"), [(80, "mma.sync"), (90, "wgmma.mma_async"), (100, "tcgen05.mma")])
+def test_compiles_to_the_instructions_meant_and_hardly_spills(capability: int, products: str, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernels = list(compiled(CALLS, capability, launch))
+    print(f"\nsm_{capability}  {'kernel':<24} {'first met in':<80} regs spills  shared  products")
+    for kernel in kernels:
+        print(f"       {kernel.name:<24} {kernel.call!s:<80} {kernel.registers:>4} {kernel.stack:>6} {kernel.shared:>7}  {kernel.products or ''}")
+    assert {kernel.name for kernel in kernels} == {"_branch_kernel", "_moments_kernel", "_branch_squeeze_kernel", "_branch_select_kernel"}
+    for kernel in kernels:
+        # A few registers, in an epilogue.
+        assert kernel.stack <= 32, kernel
+        has_products = kernel.name != "_moments_kernel" and kernel.call.channels != DEPTHWISE and kernel.call.precision != "ieee"
+        assert kernel.products == (products if has_products else None), kernel

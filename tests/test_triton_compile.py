@@ -71,6 +71,8 @@ class Compiled(NamedTuple):
     shared: int
     # Of global memory, by their width in bits: loads and stores.
     accesses: Counter
+    # The instruction that multiplies matrices, if there is one.
+    products: str | None
 
 
 class Device:
@@ -133,7 +135,9 @@ def compiled(calls: Sequence[Call], capability: int, launch: Callable[[Call], No
         source = ASTSource(function, signature, constexprs, attrs)
         kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options.__dict__)
         registers, stack = resources(kernel.asm["cubin"])
-        yield Compiled(function.__name__, call, registers, stack, kernel.metadata.shared, accesses(kernel.asm["ptx"]))
+        ptx = kernel.asm["ptx"]
+        products = re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)
+        yield Compiled(function.__name__, call, registers, stack, kernel.metadata.shared, accesses(ptx), products and products[1])
 
 
 def resources(cubin: bytes) -> tuple[int, int]:

@@ -85,7 +85,7 @@ def why_not_convolve(
 ) -> str | None:
     """The reason why convolutions of an x of this shape, dtype and device are left to PyTorch, or None. `branch` and `unit` may well
     take the library's themselves: see sk_fused/kernels/choice.py."""
-    M, (C, inputs, size, _) = len(weights), weights[0]
+    M, (C, inputs, *_) = len(weights), weights[0]
     if dtype not in CONVOLVED:
         return f"the Triton convolutions take float32, bfloat16 and float16, got {dtype}"
     if M > MOST_BRANCHES:
