@@ -9,6 +9,8 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from examples import digits, train
 
 from . import figures, harness
@@ -18,6 +20,9 @@ FLAGS = {"timm": "--no-fused", "sk_fused": "--fused"}
 
 
 def rows(arguments: Namespace) -> Iterator[dict]:
+    # The maps are so small that a second thread only waits.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         digits.write(Path(folder) / "data", arguments.every)
         for seed in harness.progress(range(arguments.seeds), "seeds"):
@@ -28,6 +33,7 @@ def rows(arguments: Namespace) -> Iterator[dict]:
                 with contextlib.redirect_stdout(io.StringIO()):
                     history = train.train(options, lambda update, lr, loss, losses=losses: losses.append(loss.item()))
                 yield {"seed": seed, "side": side, "losses": losses, "top1": [row["top1"] for row in history]}
+    torch.set_num_threads(threads)
 
 
 def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
