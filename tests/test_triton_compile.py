@@ -71,6 +71,7 @@ class Compiled(NamedTuple):
     shared: int
     # Of global memory, by their width in bits: loads and stores.
     accesses: Counter
+    tf32: bool
 
 
 class Device:
@@ -133,7 +134,7 @@ def compiled(calls: Sequence[Call], capability: int, launch: Callable[[Call], No
         source = ASTSource(function, signature, constexprs, attrs)
         kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options.__dict__)
         registers, stack = resources(kernel.asm["cubin"])
-        yield Compiled(function.__name__, call, registers, stack, kernel.metadata.shared, accesses(kernel.asm["ptx"]))
+        yield Compiled(function.__name__, call, registers, stack, kernel.metadata.shared, accesses(kernel.asm["ptx"]), "tf32" in kernel.asm["ptx"])
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -168,6 +169,7 @@ def test_kernels_compile_without_spills(capability: int, tmp_path, monkeypatch: 
     assert {kernel.name for kernel in kernels} >= {f"_{name}_kernel" for name in KERNELS}
     spilled = [row(kernel) for kernel in kernels if kernel.stack > (0 if kernel.name.startswith(STREAMING) else 16)]
     assert not spilled, "\n".join(spilled)
+    assert not [row(kernel) for kernel in kernels if kernel.tf32]
     narrow = [row(kernel) for kernel in kernels if kernel.call in USUAL and is_narrow(kernel)]
     assert not narrow, "\n".join(narrow)
 
