@@ -71,8 +71,9 @@ class Compiled(NamedTuple):
     shared: int
     # Of global memory, by their width in bits: loads and stores.
     accesses: Counter
-    # The instruction that multiplies matrices, if there is one.
+    # The instruction that multiplies matrices, if there is one; and whether tf32 is in any.
     products: str | None
+    tf32: bool
 
 
 class Device:
@@ -137,7 +138,8 @@ def compiled(calls: Sequence[Call], capability: int, launch: Callable[[Call], No
         registers, stack = resources(kernel.asm["cubin"])
         ptx = kernel.asm["ptx"]
         products = re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)
-        yield Compiled(function.__name__, call, registers, stack, kernel.metadata.shared, accesses(ptx), products and products[1])
+        products = products and products[1]
+        yield Compiled(function.__name__, call, registers, stack, kernel.metadata.shared, accesses(ptx), products, "tf32" in ptx)
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -172,6 +174,7 @@ def test_kernels_compile_without_spills(capability: int, tmp_path, monkeypatch: 
     assert {kernel.name for kernel in kernels} >= {f"_{name}_kernel" for name in KERNELS}
     spilled = [row(kernel) for kernel in kernels if kernel.stack > (0 if kernel.name.startswith(STREAMING) else 16)]
     assert not spilled, "\n".join(spilled)
+    assert not [row(kernel) for kernel in kernels if kernel.tf32]
     narrow = [row(kernel) for kernel in kernels if kernel.call in USUAL and is_narrow(kernel)]
     assert not narrow, "\n".join(narrow)
 

@@ -208,13 +208,14 @@ def _row_block(y: Tensor, M: int) -> dict[str, int | bool]:
     return {"VECTOR": vector, "STRADDLES": straddles, "ROWS": tile // vectors, "VECTORS": vectors}
 
 
-def _channel_block(y: Tensor, M: int, images: int) -> dict[str, int]:
-    """How channels_last memory is cut, for `images` times blocks of channels programs: into narrower blocks where they are few."""
+def _channel_block(y: Tensor, M: int, images: int, sums: int) -> dict[str, int]:
+    """How channels_last memory is cut, for `images` times blocks of channels programs: into narrower blocks where they are few. Of
+    each branch a thread has 4 vectors in flight, 2 where three sums need the registers."""
     C, vector = y.shape[1], channel_vector(y, M)
     lanes = channel_lanes(y, vector)
     while lanes > 2 and images * ceil_div(C, lanes * vector) < ENOUGH_PROGRAMS:
         lanes //= 2
-    return {"VECTOR": vector, "CHANNELS": lanes * vector, "PIXELS": THREADS // lanes, "UNROLL": 4}
+    return {"VECTOR": vector, "CHANNELS": lanes * vector, "PIXELS": THREADS // lanes, "UNROLL": 4 if sums == 1 else 2}
 
 
 def _launch_sums(ys, g, norms, mean, r, scale, bias, outputs, parts, eps: float, activation: str, negative_slope: float) -> None:
@@ -222,7 +223,7 @@ def _launch_sums(ys, g, norms, mean, r, scale, bias, outputs, parts, eps: float,
     B, C, H, W = y.shape
     arguments = tuple(ys), g, norms, mean, r, scale, bias, outputs, parts
     if is_channels_last(y):
-        block = _channel_block(y, M, B * (parts or 1))
+        block = _channel_block(y, M, B * (parts or 1), sums)
         part_pixels = _PART_PIXELS if sums == 1 else H * W
         grid = (B * ceil_div(H * W, part_pixels) * ceil_div(C, block["CHANNELS"]),)
         sizes = B, C // block["VECTOR"], H * W, part_pixels
@@ -396,7 +397,7 @@ def branch_statistics(ys) -> tuple[Tensor, Tensor]:
     dtype = accumulate_dtype(y.dtype)
     if is_channels_last(y):
         # A program sees one branch only.
-        block = _channel_block(y, 1, ENOUGH_PROGRAMS)
+        block = _channel_block(y, 1, ENOUGH_PROGRAMS, 1)
         tile = block["UNROLL"] * block["PIXELS"]
         programs, count, weight = M * ceil_div(C, block["CHANNELS"]), B * H * W, 1
         part_count = ceil_div(ceil_div(count, _parts(programs)), tile) * tile
