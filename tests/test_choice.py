@@ -66,9 +66,11 @@ def test_a_file_for_each_device_and_version(cache: Path, monkeypatch: pytest.Mon
     for module, attribute in ((torch, "__version__"), (choice.triton, "__version__")):
         with monkeypatch.context() as patch:
             patch.setattr(module, attribute, "99.1")
+            another_process()
             choose(timer)
     with monkeypatch.context() as patch:
         patch.setattr("sk_fused.__version__", "99.2")
+        another_process()
         choose(timer)
     assert timer.calls == 5 * 3 and len([*cache.iterdir()]) == 5
 

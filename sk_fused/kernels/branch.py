@@ -1,7 +1,8 @@
 """The convolutions of the branches, y_m = w_m ∗ x_m, as implicit matrix products: all branches in one launch.
 
 A program makes a tile of y_m, BLOCK_P pixels by BLOCK_N channels, in a loop over the blocks of input channels and, inside it,
-the taps: what is read of x for one tap is in the L1 for the others. It keeps one offset a pixel, to which a tap adds a number.
+the taps: what is read of x for one tap is still in a cache for the others. It keeps one offset a pixel, to which a tap adds a
+number.
 
 Groups are packed: a tile of channels covers as many whole groups as fit, and its matrix of weights is block-diagonal, with
 zeros between the groups (so a NaN or an infinity spreads from a group to those of its tile). With one input channel a group
@@ -37,7 +38,6 @@ T = TypeVar("T")
 
 # The interpreter multiplies the bits of bfloat16, not its values.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
 
 # Whatever these are, one kernel is compiled.
 _SIZES = ("segment", "H", "W", "OH", "OW")
@@ -338,6 +338,11 @@ def _device(device: torch.device) -> _Device:
     return _Device(properties.name, properties.multi_processor_count, properties.L2_cache_size)
 
 
+# At most so many pixels by channels are in a tile: in training, and in eval, when also the numbers of the batch-norm, a sum of
+# pixels or one of branches are in registers.
+_TRAINING, _EVAL = (128, 128), (64, 64)
+
+
 class _Launch(NamedTuple):
     """`programs` for each tile of pixels, of which there are so many `tiles` in a segment."""
 
@@ -387,11 +392,6 @@ def _squeeze_launch(
         x, weights, tuple(ys) if store else None, pooled, folded, *norms, parts, *launch.sizes, *act, **launch.constants
     )
     return pooled, ys, folded
-
-
-# At most so many pixels by channels are in a tile: in training, and in eval, when also the numbers of the batch-norm, a sum of
-# pixels or one of branches are in registers.
-_TRAINING, _EVAL = (128, 128), (64, 64)
 
 
 def _layout(x: Tensor) -> torch.memory_format:

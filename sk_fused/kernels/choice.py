@@ -41,7 +41,7 @@ def choose(
     """
     if device is None or len(roads) == 1:
         return default
-    known = TABLE.get((device, case)) or _measured(_file(device)).get(case)
+    known = TABLE.get((device, case)) or _measured(device).get(case)
     if known in roads:
         return known
     if os.environ.get("SK_FUSED_MEASURE") == "0" or torch.compiler.is_compiling() or _is_capturing():
@@ -49,7 +49,7 @@ def choose(
     with torch.no_grad():
         times = {road: (timer or _milliseconds)(run) for road, run in roads.items()}
     road = min(times, key=times.__getitem__)
-    _keep(_file(device), case, road)
+    _keep(device, case, road)
     return road
 
 
@@ -79,9 +79,9 @@ def _file(device: str) -> Path:
 
 
 @functools.cache
-def _measured(file: Path) -> dict[str, str]:
-    """Case: road; what this process knows of the file."""
-    return _read(file)
+def _measured(device: str) -> dict[str, str]:
+    """Case: road; what this process knows of its file."""
+    return _read(_file(device))
 
 
 def _read(file: Path) -> dict[str, str]:
@@ -98,9 +98,9 @@ def _read(file: Path) -> dict[str, str]:
     return {}
 
 
-def _keep(file: Path, case: str, road: str) -> None:
+def _keep(device: str, case: str, road: str) -> None:
     """Writes the file with this case in it beside the old one, and renames it: readers see the one or the other."""
-    known = _measured(file)
+    known, file = _measured(device), _file(device)
     # Other processes may have added to it.
     known.update({**_read(file), **known, case: road})
     try:
