@@ -18,7 +18,7 @@ $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(wildcard csrc/*.* csr
 	touch $@
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 bench: setup
 	$(BIN)/python -m benchmarks.models $(ARGS)
