@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import backends, synchronize
 from .backends import reference
-from .backends.reference import accumulate_dtype
+from .backends.reference import accumulate_dtype, branch_shape, layout_of
 
 if TYPE_CHECKING:
     # A build of PyTorch may be without it.
@@ -194,8 +194,7 @@ def convolved_selective_kernel(
     reason = why_not_convolved(x, weights, stride, dilations, groups)
     if reason:
         raise ValueError(f"weights: {reason}")
-    B, _, H, W = x.shape
-    shape = B, weights[0].shape[0], (H - 1) // stride + 1, (W - 1) // stride + 1
+    shape = branch_shape(x, weights, stride)
     _check_unit(x, shape, len(weights), norms, fc_reduce, fc_select, activation)
     convolution = stride, list(dilations), groups
     return _unit([x, *weights], convolution, shape, norms, fc_reduce, attn_norm, fc_select, None, (activation, float(negative_slope)), _RELU)
@@ -382,7 +381,7 @@ class _SelectiveKernel(torch.autograd.Function):
         training, group = norms[0].training, norms[0].group
         attn, _, _, tensors = _parted(leaves, len(norms))
         ys = rest[len(needs) :] if convolution else _in_one_layout(tensors)
-        g = g.contiguous(memory_format=_layout(ys[0]))
+        g = g.contiguous(memory_format=layout_of(ys[0]))
         *_, H, W = g.shape
         count, images = ctx.counts
 
@@ -460,15 +459,8 @@ class _Attend(torch.autograd.Function):
 
 def _in_one_layout(tensors: Sequence[Tensor]) -> list[Tensor]:
     """In that of the first."""
-    layout = _layout(tensors[0])
+    layout = layout_of(tensors[0])
     return [tensor.contiguous(memory_format=layout) for tensor in tensors]
-
-
-def _layout(y: Tensor) -> torch.memory_format:
-    """The layout that all branches are brought to: that of y, contiguous if it has neither."""
-    if not y.is_contiguous() and y.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
 
 
 def _check(branches: Sequence[Tensor], norms: Sequence[BatchNorm], fc_reduce: Tensor, fc_select: Tensor, activation: str) -> None:

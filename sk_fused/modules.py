@@ -261,8 +261,7 @@ class FusedSelectiveKernel(nn.Module):
         """`unit`, this many images at a time."""
         parts = zip(*(x_m.split(images) for x_m in xs))
         first = unit(next(parts))
-        layout = torch.contiguous_format if first.is_contiguous() else torch.channels_last
-        v = torch.empty((x.shape[0], *first.shape[1:]), dtype=first.dtype, device=first.device, memory_format=layout)
+        v = torch.empty((x.shape[0], *first.shape[1:]), dtype=first.dtype, device=first.device, memory_format=functional.layout_of(first))
         outputs = iter(v.split(images))
         next(outputs).copy_(first)
         for output, part in zip(outputs, parts):

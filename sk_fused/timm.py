@@ -15,32 +15,15 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _fused(create: Callable[..., nn.Module], pretrained: bool, arguments: dict) -> nn.Module:
-    model = create(pretrained, **arguments)
-    fuse(model)
-    return model
+def _fused(name: str) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, **kwargs) -> nn.Module:
+        model = getattr(sknet, name)(pretrained, **kwargs)
+        fuse(model)
+        return model
+
+    create.__name__ = f"fused_{name}"
+    return create
 
 
-@register_model
-def fused_skresnet18(pretrained: bool = False, **kwargs) -> nn.Module:
-    return _fused(sknet.skresnet18, pretrained, kwargs)
-
-
-@register_model
-def fused_skresnet34(pretrained: bool = False, **kwargs) -> nn.Module:
-    return _fused(sknet.skresnet34, pretrained, kwargs)
-
-
-@register_model
-def fused_skresnet50(pretrained: bool = False, **kwargs) -> nn.Module:
-    return _fused(sknet.skresnet50, pretrained, kwargs)
-
-
-@register_model
-def fused_skresnet50d(pretrained: bool = False, **kwargs) -> nn.Module:
-    return _fused(sknet.skresnet50d, pretrained, kwargs)
-
-
-@register_model
-def fused_skresnext50_32x4d(pretrained: bool = False, **kwargs) -> nn.Module:
-    return _fused(sknet.skresnext50_32x4d, pretrained, kwargs)
+for _name in sknet.default_cfgs:
+    register_model(_fused(_name))

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 import sk_fused
 from sk_fused import FusedSelectiveKernelAttn, functional, reference
 from sk_fused.backends import use_backend
+from sk_fused.backends.reference import layout_of
 from sk_fused.families import FAMILIES, Family
 
 from .parity import DTYPES, LAYOUTS, assert_parity, batches
@@ -98,10 +99,6 @@ class OfParts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.unit([part.contiguous(memory_format=layout_of(x)) for part in x.chunk(self.M, 1)])
-
-
-def layout_of(x: Tensor) -> torch.memory_format:
-    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
 
 # Name, how to make it, channels of its input.

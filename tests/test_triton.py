@@ -31,6 +31,12 @@ def test_under_the_interpreter(which: str):
     assert " passed" in run.stdout and "failed" not in run.stdout and "skipped" not in run.stdout
 
 
+def test_operators_are_those_of_the_native_backend():
+    for name in triton._NAMES:
+        ours, theirs = (str(getattr(backend, name)._schema).partition("::")[2] for backend in (triton, native))
+        assert ours == theirs
+
+
 def test_why_not():
     assert triton.why_not([branch()] * 8) is None
     assert triton.why_not([branch(device=torch.device("cpu"))]) == "the Triton kernels run on a GPU, the branches are on cpu"

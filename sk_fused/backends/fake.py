@@ -5,17 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .reference import accumulate_dtype
-
-
-def layout_of(x: Tensor) -> torch.memory_format:
-    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
-
-
-def _output(x: Tensor, weights: Sequence[Tensor], stride: int) -> Tensor:
-    (B, _, H, W), C = x.shape, weights[0].shape[0]
-    shape = B, C, (H - 1) // stride + 1, (W - 1) // stride + 1
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
+from .reference import accumulate_dtype, empty_branch
 
 
 def branch_statistics(ys):
@@ -25,7 +15,7 @@ def branch_statistics(ys):
 
 def branch(x, weights, stride, dilations, groups):
     statistics = [x.new_empty((len(weights), weights[0].shape[0]), dtype=torch.float32) for _ in range(2)]
-    return [_output(x, weights, stride) for _ in weights], *statistics
+    return [empty_branch(x, weights, stride) for _ in weights], *statistics
 
 
 def squeeze(parts: Callable[[Sequence[Tensor], int], int]):
@@ -50,7 +40,7 @@ def select(ys, mean, scale, bias, a, activation, negative_slope):
 
 
 def unit(x, weights, stride, *arguments):
-    return _output(x, weights, stride)
+    return empty_branch(x, weights, stride)
 
 
 def select_backward_sums(g, ys, mean, scale, bias, activation, negative_slope):

@@ -88,9 +88,43 @@ def _shares(x: Tensor, weights: Sequence[Tensor], groups: int) -> Sequence[Tenso
     return [x] * len(weights) if x.shape[1] == inputs else x.split(inputs, 1)
 
 
-def _convolutions(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int) -> list[Tensor]:
+def layout_of(x: Tensor) -> torch.memory_format:
+    """That of x; contiguous if it is neither contiguous nor channels_last."""
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def branch_shape(x: Tensor, weights: Sequence[Tensor], stride: int) -> tuple[int, int, int, int]:
+    """(B, C, H, W) of a branch that is convolved from x."""
+    B, _, H, W = x.shape
+    return B, weights[0].shape[0], (H - 1) // stride + 1, (W - 1) // stride + 1
+
+
+def empty_branch(x: Tensor, weights: Sequence[Tensor], stride: int) -> Tensor:
+    """Memory for it, in the layout of x."""
+    return torch.empty(branch_shape(x, weights, stride), dtype=x.dtype, device=x.device, memory_format=layout_of(x))
+
+
+def convolutions(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int) -> list[Tensor]:
+    """y_m = w_m ∗ x_m, PyTorch's."""
     xs = _shares(x, weights, groups)
     return [F.conv2d(x_m, w, None, stride, d * (w.shape[2] // 2), d, groups) for x_m, w, d in zip(xs, weights, dilations, strict=True)]
+
+
+def convolutions_backward(
+    dys: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int, needs: Sequence[bool]
+) -> tuple[Tensor, list[Tensor]]:
+    """dx, and dw of every branch, in the dtype of x; an empty tensor and an empty list for what is not in `needs`."""
+    xs = _shares(x, weights, groups)
+    dxs, dweights = [], []
+    for dy, x_m, w, d in zip(dys, xs, weights, dilations, strict=True):
+        geometry = [stride] * 2, [d * (w.shape[2] // 2)] * 2, [d] * 2, False, [0, 0], groups
+        dx, dw, _ = torch.ops.aten.convolution_backward(dy, x_m, w, None, *geometry, [*needs, False])
+        dxs.append(dx)
+        dweights.append(dw)
+    dx = x.new_empty(0) if not needs[0] else sum(dxs[1:], dxs[0]) if xs[0] is x else torch.cat(dxs, 1)
+    return dx, dweights if needs[1] else []
 
 
 def _fold(weights, biases, means, variances, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -109,7 +143,7 @@ def branch_statistics(ys: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def branch(x, weights, stride: int, dilations, groups: int) -> tuple[list[Tensor], Tensor, Tensor]:
-    ys = _convolutions(x, weights, stride, dilations, groups)
+    ys = convolutions(x, weights, stride, dilations, groups)
     return ys, *branch_statistics(ys)
 
 
@@ -184,7 +218,7 @@ def unit(
     x, weights, stride: int, dilations, groups: int, norm_weights, norm_biases, means, variances, eps: float, fc_reduce, attn_weight, attn_bias,
     attn_mean, attn_var, attn_eps: float, fc_select, activation: str, negative_slope: float,
 ) -> Tensor:  # fmt: skip
-    ys, act = _convolutions(x, weights, stride, dilations, groups), (activation, negative_slope)
+    ys, act = convolutions(x, weights, stride, dilations, groups), (activation, negative_slope)
     mean, _, scale, bias, pooled, _ = squeeze(ys, norm_weights, norm_biases, means, variances, eps, *act, 1)
     pixels = ys[0].shape[2] * ys[0].shape[3]
     a = attend(pooled, pixels, fc_reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, "relu", 0.0, fc_select, None)[0]
@@ -236,14 +270,5 @@ def select_backward(g, ys, mean, scale, bias, a, t, p, q, activation: str, negat
 def branch_backward(
     g, x, weights, stride: int, dilations, groups: int, ys, mean, scale, bias, a, t, p, q, activation: str, negative_slope: float, needs: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor]]:
-    """dx, and dw of every branch, in the dtype of x; an empty tensor and an empty list for what is not in `needs`."""
     dys = select_backward(g, ys, mean, scale, bias, a, t, p, q, activation, negative_slope)
-    xs = _shares(x, weights, groups)
-    dxs, dweights = [], []
-    for dy, x_m, w, d in zip(dys, xs, weights, dilations, strict=True):
-        geometry = [stride] * 2, [d * (w.shape[2] // 2)] * 2, [d] * 2, False, [0, 0], groups
-        dx, dw, _ = torch.ops.aten.convolution_backward(dy, x_m, w, None, *geometry, [*needs, False])
-        dxs.append(dx)
-        dweights.append(dw)
-    dx = x.new_empty(0) if not needs[0] else sum(dxs) if xs[0] is x else torch.cat(dxs, 1)
-    return dx, dweights if needs[1] else []
+    return convolutions_backward(dys, x, weights, stride, dilations, groups, needs)

@@ -14,6 +14,7 @@ from torch import Tensor
 import sk_fused.backends as backends
 
 from . import fake
+from .reference import layout_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -28,7 +29,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _SCHEMAS = """
     branch(Tensor x, Tensor[] weights, int stride, int[] dilations, int groups) -> (Tensor[] ys, Tensor mean, Tensor var)
     branch_backward(Tensor g, Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, Tensor[] ys, Tensor mean, Tensor scale, \
-Tensor bias, Tensor a, Tensor t, Tensor p, Tensor q, str activation, float negative_slope, bool[] needs) -> (Tensor dx, Tensor[] dweights)
+Tensor bias, Tensor a, Tensor t, Tensor p, Tensor q, str activation, float negative_slope, bool[2] needs) -> (Tensor dx, Tensor[] dweights)
     unit(Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, Tensor?[] norm_weights, Tensor?[] norm_biases, Tensor[] means, \
 Tensor[] variances, float eps, Tensor fc_reduce, Tensor? attn_weight, Tensor? attn_bias, Tensor attn_mean, Tensor attn_var, float attn_eps, \
 Tensor fc_select, str activation, float negative_slope) -> Tensor
@@ -130,7 +131,7 @@ def _parts(ys: Sequence[Tensor], sums: int) -> int:
 # costs the host less than half of what it does through torch.library.custom_op.
 _library = torch.library.Library("sk_fused_triton", "DEF")
 _TAGS = torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides
-_FAKES = {"squeeze": fake.squeeze(_parts), "branch_backward": fake.branch_backward(fake.layout_of)}
+_FAKES = {"squeeze": fake.squeeze(_parts), "branch_backward": fake.branch_backward(layout_of)}
 _NAMES = []
 for _schema in _SCHEMAS.strip().splitlines():
     _NAMES.append(_library.define(_schema.strip(), tags=_TAGS))

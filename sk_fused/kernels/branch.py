@@ -23,11 +23,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backends.reference import convolutions, convolutions_backward, empty_branch, layout_of
 from . import choice
 from .attend import attend
 from .common import activate, dense, is_channels_last
@@ -386,22 +386,12 @@ def _squeeze_launch(
     # Few, for attend reads them again and again; but enough programs.
     parts = min(launch.tiles, max(4, triton.cdiv(_device(x.device).multiprocessors, B * launch.programs)))
     pooled = x.new_empty((B, M * parts, C), dtype=torch.float32)
-    ys = [_empty(x, B, weights, stride) for _ in weights] if store else None
+    ys = [empty_branch(x, weights, stride) for _ in weights] if store else None
     folded = x.new_empty((3, M, C), dtype=torch.float32) if store else None
     _branch_squeeze_kernel[(launch.programs * B * parts,)](
         x, weights, tuple(ys) if store else None, pooled, folded, *norms, parts, *launch.sizes, *act, **launch.constants
     )
     return pooled, ys, folded
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
-
-
-def _empty(x: Tensor, images: int, weights: Sequence[Tensor], stride: int) -> Tensor:
-    """Of the shape of a branch, in the layout of x."""
-    shape = images, weights[0].shape[0], (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
 
 
 def _by_taps(weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -411,15 +401,8 @@ def _by_taps(weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def _library(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int) -> list[Tensor]:
     """PyTorch's convolutions."""
-    ys = [F.conv2d(x_m, w, None, stride, d * (w.shape[2] // 2), d, groups) for x_m, w, d in zip(_shares(x, weights, groups), weights, dilations)]
     # It may have taken the layout of the weights.
-    return [y.contiguous(memory_format=_layout(x)) for y in ys]
-
-
-def _shares(x: Tensor, weights: Sequence[Tensor], groups: int) -> Sequence[Tensor]:
-    """x_m of every branch."""
-    inputs = groups * weights[0].shape[1]
-    return [x] * len(weights) if x.shape[1] == inputs else x.split(inputs, 1)
+    return [y.contiguous(memory_format=layout_of(x)) for y in convolutions(x, weights, stride, dilations, groups)]
 
 
 def branch(x, weights, stride: int, dilations, groups: int) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -456,7 +439,7 @@ def _branch_library(x, weights, stride: int, dilations, groups: int) -> tuple[li
 def _branch_own(x, weights, stride: int, dilations, groups: int) -> tuple[list[Tensor], Tensor, Tensor]:
     """Two launches: the convolutions, which leave the statistics of every tile, and what these amount to."""
     M, weights = len(weights), _by_taps(weights)
-    ys = [_empty(x, x.shape[0], weights, stride) for _ in weights]
+    ys = [empty_branch(x, weights, stride) for _ in weights]
     C, pixels = ys[0].shape[1], ys[0].numel() // ys[0].shape[1]
     launch = _launch(x, weights, stride, dilations, groups, ys[0], pixels, M, _TRAINING)
     partials = x.new_empty((2, M, C, launch.tiles), dtype=torch.float32)
@@ -473,17 +456,9 @@ def branch_backward(
 
     What `needs` says no to is empty."""
     dys = select_backward(g, ys, mean, scale, bias, a, t, p, q, activation, negative_slope)
-    xs = _shares(x, weights, groups)
-    dxs, dweights = [], []
-    for dy, x_m, w, dilation in zip(dys, xs, weights, dilations, strict=True):
-        geometry = [stride] * 2, [dilation * (w.shape[2] // 2)] * 2, [dilation] * 2, False, [0, 0], groups
-        dx, dw, _ = torch.ops.aten.convolution_backward(dy, x_m, w, None, *geometry, [*needs, False])
-        dxs.append(dx)
-        dweights.append(dw)
-    dx, layout = x.new_empty(0), _layout(x)
-    if needs[0]:
-        dx = (sum(dxs[1:], dxs[0]) if xs[0] is x else torch.cat(dxs, 1)).contiguous(memory_format=layout)
-    return dx, [dw.contiguous(memory_format=layout) for dw in dweights] if needs[1] else []
+    dx, dweights = convolutions_backward(dys, x, weights, stride, dilations, groups, needs)
+    layout = layout_of(x)
+    return dx.contiguous(memory_format=layout) if needs[0] else dx, [dw.contiguous(memory_format=layout) for dw in dweights]
 
 
 def unit(
@@ -499,7 +474,7 @@ def unit(
     norms = *(dense(vectors) for vectors in (norm_weights, norm_biases, means, variances)), eps
     attention = fc_reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, "relu", 0.0, fc_select, None
     rest = stride, dilations, groups, norms, attention, activation, negative_slope
-    v = _empty(x, x.shape[0], weights, stride)
+    v = empty_branch(x, weights, stride)
     # The branches of a round have half of the L2; x and v pass through the other half.
     images = max(1, _device(x.device).l2_bytes // 2 // (len(weights) * v[0].nbytes))
     roads = {"library": lambda: _by_rounds(_library_round, x.shape[0], x, v, weights, *rest)}

@@ -8,10 +8,11 @@ needs to be specialised on, and a kernel is compiled once for all of them.
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ..backends.reference import accumulate_dtype
 
 # Threads of a program, in warps of 32. More programs of few threads hide the latency of memory as well as fewer of many, and
 # balance better.
@@ -58,10 +59,6 @@ def zeros(shape: tl.constexpr, dtype: tl.constexpr, COUNT: tl.constexpr):
     for _ in tl.static_range(COUNT):
         accumulators += (tl.zeros(shape, dtype),)
     return accumulators
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def is_channels_last(y: Tensor) -> bool:

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backends.reference import accumulate_dtype
 from .common import (
     ENOUGH_PROGRAMS,
     THREADS,
     WARPS,
-    accumulate_dtype,
     activate,
     ceil_div,
     channel_lanes,
