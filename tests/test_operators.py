@@ -213,6 +213,20 @@ def test_variance_where_the_mean_is_far_larger(shape: tuple, layout: str, mean: 
     torch.testing.assert_close(ours[1].double(), exact[1], rtol=8 * eps, atol=0)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_variance_where_the_first_rows_are_far_from_the_rest(layout: str):
+    """A masked border, as letter boxes have it: what a channel begins with says nothing about its mean."""
+    y = 1e3 + torch.randn(2, 5, 67, 65)
+    y[:, :, :4] = 0
+    y[:, 1] += 1e4
+    y[:, 2, 4:] -= 1e3
+    ys = [y.to(memory_format=LAYOUTS[layout]), y.flip(2).to(memory_format=LAYOUTS[layout])]
+    ours, exact = native.branch_statistics(ys), exact_statistics(ys)
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(ours[0].double(), exact[0], rtol=2 * eps, atol=eps)
+    torch.testing.assert_close(ours[1].double(), exact[1], rtol=8 * eps, atol=0)
+
+
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", OPERATORS)

@@ -2,69 +2,91 @@
 
 #ifdef SK_ISA
 
-// A first look at a segment gives its mean, as well as a sum in its precision can; a second look, at the deviations from
-// that mean, what it missed, and the sum of squares: right also when |mean| >> std. The second look finds the segment in
-// cache.
+// The deviations from a centre near the mean, and their squares, give both moments, right also when |mean| >> std.
 
-// Lanes are channels: adds kN pixels to sum (C); in the second look the deviations from mean, and to squares (C) their squares.
-template <class T, bool kSecondLook, int kN>
-SK_INLINE void add_pixels(const T* y, const Accumulate<T>* mean, int64_t C, Accumulate<T>* sum, Accumulate<T>* squares) {
+// Lanes are channels: adds the deviations of kN pixels from centre (C) to sum (C), and if kSquares their squares to squares (C).
+template <class T, bool kSquares, int kN>
+SK_INLINE void add_pixels(const T* y, const Accumulate<T>* centre, int64_t C, Accumulate<T>* sum, Accumulate<T>* squares) {
   using A = Accumulate<T>;
   int64_t c = 0;
   for (; c + kLanes<A> <= C; c += kLanes<A>) {
-    if constexpr (kN > 1 && !kSecondLook) prefetch_next_pixels<kN>(y + c, C, c);
-    const Vec<A> centre = kSecondLook ? load(mean + c) : Vec<A>{};
+    if constexpr (kN > 1 && !kSquares) prefetch_next_pixels<kN>(y + c, C, c);
+    const Vec<A> origin = load(centre + c);
     Vec<A> total = {}, total_squares = {};
     for (int j = 0; j < kN; ++j) {
-      const Vec<A> d = load(y + j * C + c) - centre;
+      const Vec<A> d = load(y + j * C + c) - origin;
       total += d;
-      if constexpr (kSecondLook) total_squares += d * d;
+      if constexpr (kSquares) total_squares += d * d;
     }
     store(sum + c, load(sum + c) + total);
-    if constexpr (kSecondLook) store(squares + c, load(squares + c) + total_squares);
+    if constexpr (kSquares) store(squares + c, load(squares + c) + total_squares);
   }
   for (; c < C; ++c)
     for (int j = 0; j < kN; ++j) {
-      const A d = static_cast<A>(y[j * C + c]) - (kSecondLook ? mean[c] : A(0));
+      const A d = static_cast<A>(y[j * C + c]) - centre[c];
       sum[c] += d;
-      if constexpr (kSecondLook) squares[c] += d * d;
+      if constexpr (kSquares) squares[c] += d * d;
     }
 }
 
-template <class T, bool kSecondLook>
-SK_INLINE void add_segment(const T* y, const Accumulate<T>* mean, int64_t pixels, int64_t C, Accumulate<T>* sum, Accumulate<T>* squares) {
+template <class T, bool kSquares>
+SK_INLINE void add_segment(const T* y, const Accumulate<T>* centre, int64_t pixels, int64_t C, Accumulate<T>* sum, Accumulate<T>* squares) {
   constexpr int64_t kN = kPixelsAtOnce;
   for (int64_t c = 0; c < C; ++c) sum[c] = 0;
-  if constexpr (kSecondLook)
+  if constexpr (kSquares)
     for (int64_t c = 0; c < C; ++c) squares[c] = 0;
   int64_t pixel = 0;
-  for (; pixel + kN <= pixels; pixel += kN) add_pixels<T, kSecondLook, kN>(y + pixel * C, mean, C, sum, squares);
-  for (; pixel < pixels; ++pixel) add_pixels<T, kSecondLook, 1>(y + pixel * C, mean, C, sum, squares);
+  for (; pixel + kN <= pixels; pixel += kN) add_pixels<T, kSquares, kN>(y + pixel * C, centre, C, sum, squares);
+  for (; pixel < pixels; ++pixel) add_pixels<T, kSquares, 1>(y + pixel * C, centre, C, sum, squares);
 }
 
-// Lanes are pixels: the sum over a row of y; in the second look of the deviations from mean, and of their squares.
-template <class T, bool kSecondLook>
-SK_INLINE Accumulate<T> sum_row(const T* y, Accumulate<T> mean, int64_t pixels, Accumulate<T>* squares) {
+// The centre is the mean, as well as a first look gives it; a second finds the segment in cache.
+template <class T>
+SK_INLINE void segment_moments(const T* y, int64_t pixels, int64_t C, Accumulate<T>* centre, Accumulate<T>* squares, Accumulate<T>* sum) {
+  for (int64_t c = 0; c < C; ++c) centre[c] = 0;
+  add_segment<T, false>(y, centre, pixels, C, sum, squares);
+  for (int64_t c = 0; c < C; ++c) centre[c] = sum[c] / static_cast<Accumulate<T>>(pixels);
+  add_segment<T, true>(y, centre, pixels, C, sum, squares);
+}
+
+// Lanes are pixels: the sum of the deviations of a row from centre, and of their squares.
+template <class T> SK_INLINE void add_row(const T* y, Accumulate<T> centre, int64_t pixels, Accumulate<T>* total, Accumulate<T>* squares) {
   using A = Accumulate<T>;
   constexpr int64_t L = kLanes<A>;
-  Vec<A> total[4] = {}, total_squares[4] = {};
+  Vec<A> sums[4] = {}, sums_squares[4] = {};
   int64_t i = 0;
-  for (; i + 4 * L <= pixels; i += 4 * L)
+  for (; i + 4 * L <= pixels; i += 4 * L) {
+    prefetch_ahead<4>(y + i);
     for (int j = 0; j < 4; ++j) {
-      const Vec<A> d = load(y + i + j * L) - mean;
-      total[j] += d;
-      if constexpr (kSecondLook) total_squares[j] += d * d;
+      const Vec<A> d = load(y + i + j * L) - centre;
+      sums[j] += d;
+      sums_squares[j] += d * d;
     }
-  for (; i < pixels; i += L) {
-    const Vec<A> d = i + L <= pixels ? load(y + i) - mean : (load<T>(y + i, pixels - i) - mean) * mask<A>(pixels - i);
-    total[0] += d;
-    if constexpr (kSecondLook) total_squares[0] += d * d;
   }
-  if constexpr (kSecondLook) *squares = sum<A>((total_squares[0] + total_squares[1]) + (total_squares[2] + total_squares[3]));
-  return sum<A>((total[0] + total[1]) + (total[2] + total[3]));
+  for (; i < pixels; i += L) {
+    const Vec<A> d = i + L <= pixels ? load(y + i) - centre : (load<T>(y + i, pixels - i) - centre) * mask<A>(pixels - i);
+    sums[0] += d;
+    sums_squares[0] += d * d;
+  }
+  *total = sum<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  *squares = sum<A>((sums_squares[0] + sums_squares[1]) + (sums_squares[2] + sums_squares[3]));
 }
 
-// moments: (B, S, 2, M, C), of every segment its mean and the sum of the squares of the deviations from it; missed: (B, S,
+// One channel can make do with the mean of its first values for a centre, and with one look: where this centre is more than two
+// standard deviations from the mean, so that the sums would cancel, a second look has the mean that the first found.
+template <class T>
+SK_INLINE void row_moments(const T* y, int64_t pixels, Accumulate<T>* centre, Accumulate<T>* squares, Accumulate<T>* sum) {
+  using A = Accumulate<T>;
+  const int64_t few = pixels < 4 * kLanes<A> ? pixels : 4 * kLanes<A>;
+  add_row(y, A(0), few, sum, squares);
+  *centre = *sum / static_cast<A>(few);
+  add_row(y, *centre, pixels, sum, squares);
+  if (*sum * *sum <= A(0.8) * static_cast<A>(pixels) * *squares) return;
+  *centre += *sum / static_cast<A>(pixels);
+  add_row(y, *centre, pixels, sum, squares);
+}
+
+// moments: (B, S, 2, M, C), of every segment its centre and the sum of the squares of the deviations from it; missed: (B, S,
 // M, C), the sum of these deviations. A task is a segment where lanes are channels, one channel of a segment where they
 // are pixels.
 template <class T>
@@ -77,19 +99,14 @@ void branch_statistics_tasks(const Branches<T>& v, const Segments& segments, Acc
     const int64_t start = segment % segments.per_image * segments.pixels;
     const int64_t pixels = v.HW - start < segments.pixels ? v.HW - start : segments.pixels;
     for (int64_t m = 0; m < v.M; ++m) {
-      A *const mean = moments + (segment * 2 * v.M + m) * v.C, *const squares = mean + v.M * v.C;
+      A *const centre = moments + (segment * 2 * v.M + m) * v.C, *const squares = centre + v.M * v.C;
       A* const sum = missed + (segment * v.M + m) * v.C;
-      if (!v.channels_last) {
+      if (v.channels_last) {
+        segment_moments(v.y[m] + (b * v.HW + start) * v.C, pixels, v.C, centre, squares, sum);
+      } else {
         const int64_t c = task % channels;
-        const T* const row = v.y[m] + (b * v.C + c) * v.HW + start;
-        mean[c] = sum_row<T, false>(row, 0, pixels, nullptr) / static_cast<A>(pixels);
-        sum[c] = sum_row<T, true>(row, mean[c], pixels, squares + c);
-        continue;
+        row_moments(v.y[m] + (b * v.C + c) * v.HW + start, pixels, centre + c, squares + c, sum + c);
       }
-      const T* const y = v.y[m] + (b * v.HW + start) * v.C;
-      add_segment<T, false>(y, nullptr, pixels, v.C, mean, nullptr);
-      for (int64_t c = 0; c < v.C; ++c) mean[c] /= static_cast<A>(pixels);
-      add_segment<T, true>(y, mean, pixels, v.C, sum, squares);
     }
   }
 }
@@ -237,11 +254,11 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> branch_cpu(const Tensor& x, Tens
   return {ys, mean, var};
 }
 
-std::tuple<Tensor, std::vector<Tensor> > branch_backward_cpu(const Tensor& g, const Tensor& x, TensorList weights, int64_t stride,
-                                                             at::IntArrayRef dilations, int64_t groups, TensorList ys, const Tensor& mean,
-                                                             const Tensor& scale, const Tensor& bias, const Tensor& a, const Tensor& t,
-                                                             const Tensor& p, const Tensor& q, c10::string_view activation,
-                                                             double negative_slope, std::array<bool, 2> needs) {
+std::tuple<Tensor, std::vector<Tensor>> branch_backward_cpu(const Tensor& g, const Tensor& x, TensorList weights, int64_t stride,
+                                                            at::IntArrayRef dilations, int64_t groups, TensorList ys, const Tensor& mean,
+                                                            const Tensor& scale, const Tensor& bias, const Tensor& a, const Tensor& t,
+                                                            const Tensor& p, const Tensor& q, c10::string_view activation,
+                                                            double negative_slope, std::array<bool, 2> needs) {
   const Convolutions s = check_convolutions(x, weights, stride, dilations, groups);
   check_select_backward(g, ys, mean, scale, bias, a, t, p, q);
   const int64_t shape[] = {s.B, s.out.C, s.out.H, s.out.W};

@@ -71,7 +71,11 @@ SK_INLINE void pool_row(const Branches<T>& v, int64_t at, const T* y, const T* g
   for (int64_t i = 0; i < pixels;) {
     const int64_t end = pixels - i < 64 * L ? pixels : i + 64 * L;
     PooledSums<T, kAct, kSums> sums[2];
-    for (; i + 4 * L <= end; i += 4 * L) pool<T, kAct, kSums, kWeighted, false, 4, false>(v, at, y + i, g + i, L, 0, sums);
+    for (; i + 4 * L <= end; i += 4 * L) {
+      prefetch_ahead<4>(y + i);
+      if constexpr (kWeighted) prefetch_ahead<4>(g + i);
+      pool<T, kAct, kSums, kWeighted, false, 4, false>(v, at, y + i, g + i, L, 0, sums);
+    }
     for (; i + L <= end; i += L) pool<T, kAct, kSums, kWeighted, false, 1, false>(v, at, y + i, g + i, L, 0, sums);
     if (i < end) pool<T, kAct, kSums, kWeighted, false, 1, true>(v, at, y + i, g + i, L, end - i, sums);
     i = end;
