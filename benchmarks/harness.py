@@ -331,8 +331,8 @@ def keep_memory() -> None:
 
 
 def command(benchmark: Benchmark, argv: Sequence[str] | None = None) -> Path:
-    """The command line of a benchmark: measures, shows the table, writes JSON and PNG. Ends with an error where a side of
-    ours failed its parity check."""
+    """The command line of a benchmark: measures, shows the table, writes JSON and PNG; interrupted, of the rows that it has.
+    Ends with an error where a side of ours failed its parity check."""
     quick = ", ".join(f"{option} {value if isinstance(value, (int, float, str)) else ' '.join(map(str, value))}" for option, value in benchmark.quick.items())
     parser = ArgumentParser(prog=f"python -m benchmarks.{benchmark.name}", description=benchmark.doc, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"), help="where it runs")
@@ -352,7 +352,12 @@ def command(benchmark: Benchmark, argv: Sequence[str] | None = None) -> Path:
     settings = {name: _plain(value) for name, value in vars(arguments).items() if name != "results"}
     keep_memory()
     arguments.ceilings = ceilings(arguments.device, arguments.precision)
-    rows = list(benchmark.rows(arguments))
+    rows: list[dict] = []
+    try:
+        rows.extend(benchmark.rows(arguments))
+    except KeyboardInterrupt:
+        console.print(f"interrupted: the {len(rows)} rows measured so far are kept")
+        settings["interrupted"] = True
     result = {"environment": environment(arguments.device), "settings": settings, "ceilings": arguments.ceilings, "rows": rows}
     header, cells = benchmark.table(rows)
     show(f"{benchmark.title}\n{source(result)}", header, cells)

@@ -3,7 +3,8 @@ twins, on photographs, in eval and in a training step (forward and backward), ea
 logits and of the gradients is checked first, against timm in float64; a network that fails it gets no figures.
 
 --tax runs all five networks, eager and compiled, for the SK tax: how many times as long a network takes as its twin, which
-has almost the same multiplications. Kept apart, in tax.json."""
+has almost the same multiplications; and beside ONNX Runtime and OpenVINO in eval. What is compiled is in channels_last, the
+faster layout for a compiler. Kept apart, in tax.json."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
@@ -16,12 +17,12 @@ from torch import Tensor, nn
 
 from . import figures, harness
 from .cases import NETWORKS
-from .contenders import CONTENDERS, TWINS, Settings, entries, exact, kept
+from .contenders import CONTENDERS, TWINS, Contender, Settings, entries, exact, kept
 from .harness import MODES, PAIR, Benchmark
 
 import timm  # noqa: E402
 
-SIDES = ("timm", "sk_fused", "timm:compile", "sk_fused:compile", "plain", "plain:compile")
+SIDES = ("timm", "sk_fused", "timm:compile", "sk_fused:compile", "plain", "plain:compile", "onnxruntime", "openvino")
 MAIN = ("skresnet18", "skresnet34", "skresnext50_32x4d")
 
 # The SK tax that timm's own result files show, eval: (images/s of the twin) ÷ (images/s of the network). From
@@ -74,8 +75,7 @@ def rows(arguments: Namespace) -> Iterator[dict]:
         row = {"model": name, "parameters": sum(p.numel() for p in model.parameters())}
         for mode in MODES:
             reference = exact(model, x, g, mode, settings)
-            ours = {side: CONTENDERS[side] for side in arguments.contenders if side in CONTENDERS}
-            theirs = {side: TWINS[side] for side in arguments.contenders if side in TWINS}
+            ours, theirs = ({side: _in_layout(known[side], side) for side in arguments.contenders if side in known} for known in (CONTENDERS, TWINS))
             runs = entries(ours, model, x, g, mode, settings) | entries(theirs, twin, x, g, mode, settings)
             row[mode] = harness.race(runs, reference, arguments.seconds, arguments.device, against=("timm", "plain", "plain:compile"))
             if harness.parity_failed(row[mode]):
@@ -83,6 +83,11 @@ def rows(arguments: Namespace) -> Iterator[dict]:
         else:
             row["bytes_kept"] = {side: kept(CONTENDERS[side], model, x, settings) for side in PAIR}
         yield row
+
+
+def _in_layout(contender: Contender, side: str) -> Contender:
+    """Compiling a network takes minutes, so it is done in one layout."""
+    return contender._replace(layouts=("channels_last",)) if side.endswith(":compile") else contender
 
 
 def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
@@ -108,6 +113,11 @@ def _tax(row: dict, mode: str, side: str) -> str:
     return f"{ratio[1]:.2f}" if ratio else "–"
 
 
+def _ms(figures: dict) -> str:
+    return f"{figures['median_ms']:.0f}" if "median_ms" in figures else "–"
+
+
+CHOICES = ("timm:compile", "onnxruntime", "openvino", "sk_fused", "sk_fused:compile")
 # What a compiled network is compared with is compiled.
 TWIN_OF = {"timm:compile": "plain:compile", "sk_fused:compile": "plain:compile"}
 
@@ -125,11 +135,12 @@ def figure(result: dict, path: Path) -> None:
 
 
 def tax_table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """The SK tax of every side, beside what timm published."""
+    """The SK tax of every side, beside what timm published; and the milliseconds of what a user would choose between."""
     header = ["model", "mode", *(f"{side} ÷ {TWIN_OF.get(side, 'plain')}" for side in SIDES[:4]), "timm's own files, compiled, another CPU"]
+    header += [f"{side}, ms" for side in CHOICES]
     published = [[f"{PUBLISHED[row['model']]:.2f}", "–"] for row in rows]
     return header, [
-        [row["model"], title, *(_tax(row, mode, side) for side in SIDES[:4]), known]
+        [row["model"], title, *(_tax(row, mode, side) for side in SIDES[:4]), known, *(_ms(row[mode].get(side, {})) for side in CHOICES)]
         for row, values in zip(rows, published)
         for (mode, title), known in zip(MODES.items(), values)
         if mode in row
@@ -154,7 +165,7 @@ def tax_figure(result: dict, path: Path) -> None:
 
 def options(parser: ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", choices=NETWORKS, default=list(MAIN), help="timm's names")
-    parser.add_argument("--contenders", nargs="+", choices=SIDES, default=["timm", "sk_fused", "plain"], help="who takes part; plain is the twin")
+    parser.add_argument("--contenders", nargs="+", choices=SIDES, default=["timm", "sk_fused", "plain"], help="who takes part (of %(choices)s; default: %(default)s); plain is the twin", metavar="SIDE")
     parser.add_argument("--tax", action="store_true", help="all five networks and all contenders, unless others are named; writes tax.json")
     parser.set_defaults(seconds=30.0)
 
@@ -166,9 +177,8 @@ TAX = BENCHMARK._replace(
     doc="The SK tax: " + __doc__,
     table=tax_table,
     figure=tax_figure,
-    # Compiling a network takes minutes.
     quick={**QUICK, "contenders": ["timm", "sk_fused", "plain"]},
-    options=lambda parser: (options(parser), parser.set_defaults(models=list(NETWORKS), contenders=list(SIDES))),
+    options=lambda parser: (options(parser), parser.set_defaults(models=list(NETWORKS), contenders=list(SIDES), seconds=20.0)),
 )
 
 if __name__ == "__main__":

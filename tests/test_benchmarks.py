@@ -164,6 +164,17 @@ def test_help(benchmark, capsys):
     assert benchmark.doc.strip().splitlines()[0] in shown and "--quick" in shown
 
 
+def test_an_interrupted_run_keeps_what_it_has_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(arguments):
+        yield {"row": 1}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(harness, "ceilings", lambda *_: {})
+    benchmark = harness.Benchmark("long", "Long: it takes long.", interrupted, lambda rows: (["row"], [[str(row["row"])] for row in rows]))
+    result = json.loads(harness.command(benchmark, ["--results", str(tmp_path)]).read_text())
+    assert result["rows"] == [{"row": 1}] and result["settings"]["interrupted"]
+
+
 def test_tiny_run(tmp_path: Path):
     small = ["--quick", "--seconds", "0", "--contenders", "timm", "sk_fused", "convolutions", "--units", "512 ch 7², split"]
     path = harness.command(units.BENCHMARK, [*small, "--batch", "4", "--results", str(tmp_path)])

@@ -224,7 +224,8 @@ def test_variance_where_the_first_rows_are_far_from_the_rest(layout: str):
     ours, exact = native.branch_statistics(ys), exact_statistics(ys)
     eps = torch.finfo(torch.float32).eps
     torch.testing.assert_close(ours[0].double(), exact[0], rtol=2 * eps, atol=eps)
-    torch.testing.assert_close(ours[1].double(), exact[1], rtol=8 * eps, atol=0)
+    # In channels_last a lane adds up all of a channel's squares.
+    torch.testing.assert_close(ours[1].double(), exact[1], rtol=16 * eps, atol=0)
 
 
 @pytest.mark.usefixtures("two_threads")
