@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sk_fused.backends import native
+from sk_fused.backends import native, native_on_cuda
 
 from .cuda_on_host.build import ROOT, build, preloaded
 from .test_operators import OPERATORS, operands
@@ -130,7 +130,7 @@ def test_why_not_on_cuda(monkeypatch: pytest.MonkeyPatch):
     def why_not(architectures: str, capability: tuple[int, int], branches: int) -> str | None:
         monkeypatch.setattr(native._C, "cuda_architectures", architectures)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda of: capability)
-        return native._why_not_on_cuda(device, branches)
+        return native_on_cuda.why_not(device, branches)
 
     built = "80 90a 100 120"
     assert all(why_not(built, capability, 8) is None for capability in ((8, 0), (8, 9), (9, 0), (10, 3), (12, 0)))

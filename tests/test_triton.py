@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sk_fused
-from sk_fused.backends import BACKENDS, native, triton
+from sk_fused.backends import BACKENDS, native, native_on_cuda, triton
 
 from .test_operators import run_python
 
@@ -49,7 +49,7 @@ def test_a_gpu_is_triton_s(monkeypatch: pytest.MonkeyPatch):
     assert list(BACKENDS) == ["triton", "native", "reference"]
     assert sk_fused.backends.choose([branch()]) is triton
     monkeypatch.setattr(triton, "_why_not_triton", lambda: "triton is not there: for a test")
-    monkeypatch.setattr(native, "_why_not_on_cuda", lambda *_: "nor are native kernels: for a test")
+    monkeypatch.setattr(native_on_cuda, "why_not", lambda *_: "nor are native kernels: for a test")
     with pytest.warns(RuntimeWarning, match="triton is not there: for a test; nor are native kernels: for a test"):
         assert sk_fused.backends.choose([branch()]) is sk_fused.backends.reference
     with sk_fused.use_backend("triton"), pytest.raises(RuntimeError, match="the backend 'triton' was forced, but triton is not there"):

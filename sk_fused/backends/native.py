@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import fake
+from . import fake, native_on_cuda
 
 try:
     from sk_fused import _C
@@ -24,7 +24,7 @@ def why_not(branches: Sequence[Tensor]) -> str | None:
     if device.type not in ("cpu", "cuda"):
         return f"the native kernels run on a CPU or a CUDA device, the branches are on {device}"
     if device.type == "cuda":
-        reason = _why_not_on_cuda(device, len(branches))
+        reason = native_on_cuda.why_not(device, len(branches))
         if reason:
             return reason
     if branches[0].dtype not in DTYPES:
@@ -34,25 +34,12 @@ def why_not(branches: Sequence[Tensor]) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
-def _why_not_on_cuda(device: torch.device, branches: int) -> str | None:
-    built = [int(architecture.rstrip("a")) for architecture in _C.cuda_architectures.split()]
-    if not built:
-        return "the native extension was built without nvcc: it has no CUDA kernels"
-    major, minor = torch.cuda.get_device_capability(device)
-    if not any(architecture // 10 == major and architecture % 10 <= minor for architecture in built):
-        return f"the native CUDA kernels are for the architectures {_C.cuda_architectures}, the device has compute capability {major}.{minor}"
-    if branches > 8:
-        return f"the native CUDA kernels take at most 8 branches, got {branches}"
-    return None
-
-
 def why_not_convolve(
     shape: torch.Size, dtype: torch.dtype, weights: Sequence[torch.Size], stride: int, dilations: Sequence[int], groups: int, device: torch.device
 ) -> str | None:
     """The reason why convolutions of an x of this shape, dtype and device are left to PyTorch, or None."""
-    if device.type != "cpu":
-        return f"the native convolutions run on a CPU, the input is on {device}"
+    if device.type == "cuda":
+        return native_on_cuda.why_not_convolve(shape, dtype, weights, stride, dilations, groups, device)
     inputs, outputs, M = weights[0][1], weights[0][0] // groups, len(weights)
     if any(w != (groups * outputs, inputs, 3, 3) for w in weights) or shape[1] not in (groups * inputs, M * groups * inputs):
         return f"the native convolutions are 3 × 3 of one input or of its parts, got weights {[tuple(w) for w in weights]} for {shape[1]} channels"
