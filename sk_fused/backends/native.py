@@ -38,13 +38,13 @@ def why_not_convolve(
     shape: torch.Size, dtype: torch.dtype, weights: Sequence[torch.Size], stride: int, dilations: Sequence[int], groups: int, device: torch.device
 ) -> str | None:
     """The reason why convolutions of an x of this shape, dtype and device are left to PyTorch, or None."""
-    if device.type == "cuda":
-        return native_on_cuda.why_not_convolve(shape, dtype, weights, stride, dilations, groups, device)
     inputs, outputs, M = weights[0][1], weights[0][0] // groups, len(weights)
     if any(w != (groups * outputs, inputs, 3, 3) for w in weights) or shape[1] not in (groups * inputs, M * groups * inputs):
         return f"the native convolutions are 3 × 3 of one input or of its parts, got weights {[tuple(w) for w in weights]} for {shape[1]} channels"
     if M > 8 or not all(1 <= d <= 3 for d in dilations):
         return f"the native convolutions have at most 8 branches and dilations from 1 to 3, got {M} and {list(dilations)}"
+    if device.type == "cuda":
+        return native_on_cuda.why_not_convolve(dtype, inputs, outputs, groups, stride)
     if inputs == outputs and inputs in (4, 8, 16, 32) and shape[1] == groups * inputs and stride in (1, 2) and dtype != torch.float64:
         return None
     # In half precision the library's dense convolutions use instructions for it, and are faster.

@@ -1,7 +1,5 @@
 """What the CUDA half of the native backend takes."""
 
-from collections.abc import Sequence
-
 import torch
 
 
@@ -23,8 +21,6 @@ def why_not(device: torch.device, branches: int) -> str | None:
     return None
 
 
-def why_not_convolve(
-    shape: torch.Size, dtype: torch.dtype, weights: Sequence[torch.Size], stride: int, dilations: Sequence[int], groups: int, device: torch.device
-) -> str | None:
-    """As the backend's own."""
-    return f"the native convolutions run on a CPU, the input is on {device}"
+def why_not_convolve(dtype: torch.dtype, inputs: int, outputs: int, groups: int, stride: int) -> str | None:
+    """The reason why 3 × 3 convolutions of so many channels of a group, in and out, are left to PyTorch, or None."""
+    return "the native convolutions run on a CPU, the input is on a CUDA device"
