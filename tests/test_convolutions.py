@@ -36,9 +36,12 @@ CASES = {
 }
 
 
-def operands(case: str, dtype: torch.dtype = torch.float32, layout: str = "contiguous", activation: str = "relu") -> dict[str, tuple]:
-    """Arguments for the three operators."""
+def operands(
+    case: str, dtype: torch.dtype = torch.float32, layout: str = "contiguous", activation: str = "relu", images: int | None = None
+) -> dict[str, tuple]:
+    """Arguments for the three operators; of so many images, if not of as many as the case has."""
     inputs, C, groups, (B, H, W), stride, dilations = CASES[case]
+    B = images or B
     M, D = len(dilations), 8
     split = "split" in case
     x = torch.randn(B, inputs, H, W).to(dtype=dtype, memory_format=LAYOUTS[layout])
@@ -96,6 +99,12 @@ def test_gradients_that_are_not_needed_are_not_computed(case: str):
         assert torch.equal(some_dx, dx if needs[0] else dx.new_empty(0))
         assert len(some_dweights) == (len(dweights) if needs[1] else 0)
         assert all(torch.equal(some, every) for some, every in zip(some_dweights, dweights))
+
+
+@pytest.mark.parametrize("case", ["4 a group", "32 a group", "dense, split"])
+def test_weight_gradients_of_large_batches_match_pytorch(case: str):
+    """Sums over a hundred thousand pixels."""
+    assert_matches_pytorch("branch_backward", operands(case, images=1000)["branch_backward"])
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -115,13 +115,12 @@ template <int kRows, int kVecs> SK_INLINE void multiply(const float* v, const fl
     for (int j = 0; j < kVecs; ++j) store(m + (r * kVecs + j) * L, sum[r][j]);
 }
 
-// du (kRows of the inputs, kVecs * L) += the sum over the tiles of v (tiles, inputs) and d (tiles, kVecs * L).
+// du (kRows of the inputs, kVecs * L) += the sum over the tiles of v (tiles, inputs) and d (tiles, kVecs * L), summed apart: a
+// chain of additions as long as the batch would round away more.
 template <int kRows, int kVecs>
 SK_INLINE void multiply_transposed(const float* v, const float* d, int64_t tiles, int64_t inputs, float* du) {
   constexpr int64_t L = kLanes<float>;
-  Vec<float> sum[kRows][kVecs];
-  for (int r = 0; r < kRows; ++r)
-    for (int j = 0; j < kVecs; ++j) sum[r][j] = load(du + (r * kVecs + j) * L);
+  Vec<float> sum[kRows][kVecs] = {};
   for (int64_t t = 0; t < tiles; ++t) {
     Vec<float> w[kVecs];
     for (int j = 0; j < kVecs; ++j) w[j] = load(d + (t * kVecs + j) * L);
@@ -130,7 +129,10 @@ SK_INLINE void multiply_transposed(const float* v, const float* d, int64_t tiles
       for (int j = 0; j < kVecs; ++j) sum[r][j] += v[t * inputs + r] * w[j];
   }
   for (int r = 0; r < kRows; ++r)
-    for (int j = 0; j < kVecs; ++j) store(du + (r * kVecs + j) * L, sum[r][j]);
+    for (int j = 0; j < kVecs; ++j) {
+      float* const to = du + (r * kVecs + j) * L;
+      store(to, load(to) + sum[r][j]);
+    }
 }
 
 // As many sums as there are registers for.
@@ -398,8 +400,8 @@ void branch_winograd_backward(const Convolutions& s, const Tensor& x, TensorList
       // A quarter of a MiB of transformed inputs, since their gradients are to be kept too.
       w.span = clamp<64>(std::max<int64_t>(32, 4096 / w.inputs));
       const int64_t chunk = chunk_of(w), chunks = w.groups * w.outputs / chunk;
-      // Parts of the batch are summed apart, where there are too few chunks for many threads.
-      w.parts = std::clamp<int64_t>((16 + chunks - 1) / chunks, 1, s.B);
+      // Parts of the batch are summed apart, where there are too few chunks for many threads, or many images.
+      w.parts = std::clamp<int64_t>(std::max((16 + chunks - 1) / chunks, (s.B + 31) / 32), 1, s.B);
       const Tensor partial = at::empty({w.parts == 1 ? 0 : w.parts, w.groups * w.outputs * s.row()}, at::kFloat);
       const int64_t scratch_size =
           w.plane_size(w.in, w.inputs) + w.plane_size(w.out, chunk) +
