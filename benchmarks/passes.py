@@ -1,6 +1,6 @@
 """Each kernel: the time of every operator of every backend on branches that the others have pushed out of the caches, its
-GB/s from the bytes that it must move, their share of the copy bandwidth measured in the same run, and its place under the
-roofline. Checked first against the plain PyTorch backend in float64."""
+GB/s from the bytes that it must move, how that compares with a copy of as many bytes that takes its turn among them, and its
+place under the roofline. Checked first against the plain PyTorch backend in float64."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
@@ -112,25 +112,21 @@ def rows(arguments: Namespace) -> Iterator[dict]:
         values, x_values = case.branch_values(arguments.batch), exact_inputs.convolved[0].numel()
         for title, operator in PASSES.items():
             exact = tensors(operator.call(BACKENDS["reference"], exact_inputs))
-            race = harness.race(
-                {
-                    (side, layout): Entry(lambda side=side, layout=layout: _step(operator, BACKENDS[side], inputs[layout]), OURS)
-                    for side in operator.backends
-                    for layout in LAYOUTS
-                },
-                exact,
-                arguments.seconds,
-                device,
-                base="reference",
-                against=("reference",),
-            )
             small_values, small_flops = operator.small(exact_inputs)
             moved = (operator.traffic(exact_inputs.M) * values + operator.inputs * x_values) * dtype.itemsize + 4 * small_values
+            runs = {
+                (side, layout): Entry(lambda side=side, layout=layout: _step(operator, BACKENDS[side], inputs[layout]), OURS)
+                for side in operator.backends
+                for layout in LAYOUTS
+            }
+            runs["copy", "contiguous"] = Entry(lambda: _copy(moved, device), None)
+            race = harness.race(runs, exact, arguments.seconds, device, base="reference", against=("reference", "copy"))
+            copy = race.pop("copy")
             flops = operator.flops * exact_inputs.M * values + small_flops + operator.convolutions * case.floor(arguments.batch, "eval").flops
             figures = {side: {"GBps": moved / f["median_ms"] / 1e6, "GFLOPs": flops / f["median_ms"] / 1e6} for side, f in race.items() if "median_ms" in f}
-            for each in figures.values():
-                each["share_of_copy"] = each["GBps"] / arguments.ceilings["copy_GBps"]
-            yield {"unit": name, "pass": title, "bytes": moved, "flops": flops, "speed": figures, "backends": _ours(race)}
+            for side, each in figures.items():
+                each["share_of_copy"] = 1 / race[side]["ratio"]["copy"][1]
+            yield {"unit": name, "pass": title, "bytes": moved, "flops": flops, "copy_ms": copy["median_ms"], "speed": figures, "backends": _ours(race)}
 
 
 def _step(operator: Pass, backend: ModuleType, inputs: Inputs) -> Step:
@@ -148,14 +144,21 @@ def _step(operator: Pass, backend: ModuleType, inputs: Inputs) -> Step:
     return Step(run, tensors)
 
 
+def _copy(moved: int, device: torch.device) -> Step:
+    """What reads and writes as many bytes in all."""
+    source = torch.zeros(max(1, moved // 2), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return Step(lambda: target.copy_(source), tensors)
+
+
 def _ours(race: dict) -> dict:
     """A backend's failed check is a failure of sk_fused."""
     return {f"sk_fused:{side}": figures for side, figures in race.items()}
 
 
 def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """Of every backend: milliseconds in its faster layout, GB/s, share of the copy bandwidth."""
-    sides = list(dict.fromkeys(side for row in rows for side in row["backends"]))
+    """Of every backend that was timed: milliseconds in its faster layout, GB/s, and their share of what a copy reaches."""
+    sides = list(dict.fromkeys(side for row in rows for side, figures in row["backends"].items() if "median_ms" in figures))
     header = ["unit", "pass", "MB moved", "flops ÷ byte", *(f"{side.split(':')[1]}: ms, GB/s (share of copy)" for side in sides)]
     cells = []
     for row in rows:
