@@ -26,6 +26,8 @@ class Contender(NamedTuple):
     factor: float | None = PEER
     modes: Collection[str] = ("eval", "train")
     layouts: Collection[str] = tuple(LAYOUTS)
+    # It does not compute on PyTorch's threads.
+    own_threads: bool = False
 
 
 class Convolutions(nn.Module):
@@ -113,8 +115,8 @@ CONTENDERS: dict[str, Contender] = {
     "timm:compile": Contender(compiled()),
     "timm:max-autotune": Contender(compiled(mode="max-autotune-no-cudagraphs")),
     "timm:freezing": Contender(compiled(options={"freezing": True}), modes=("eval",)),
-    "onnxruntime": Contender(onnx_runtime, modes=("eval",), layouts=("contiguous",)),
-    "openvino": Contender(open_vino, modes=("eval",), layouts=("contiguous",)),
+    "onnxruntime": Contender(onnx_runtime, modes=("eval",), layouts=("contiguous",), own_threads=True),
+    "openvino": Contender(open_vino, modes=("eval",), layouts=("contiguous",), own_threads=True),
     "sk_fused": Contender(fused, OURS),
     # A compiler takes other convolutions, so that what it makes of ours is held to what is asked of peers.
     "sk_fused:compile": Contender(fused_compiled),
@@ -201,7 +203,7 @@ def entries(
                 laid_out = (t.to(memory_format=layout) if t.dim() == 4 else t for t in (x, g))
                 return step(contender, module, *laid_out, mode, settings)
 
-            entries[side, layout] = Entry(make, contender.factor)
+            entries[side, layout] = Entry(make, contender.factor, contender.own_threads)
             if settings.device.type == "cuda":
                 entries[f"{side}:graph", layout] = Entry(lambda make=make: graphed(make), contender.factor)
     return entries

@@ -81,10 +81,11 @@ class Step(NamedTuple):
 
 class Entry(NamedTuple):
     """One contender in one layout: how to make its step, and the parity rule's factor for it; None: it is there for
-    comparison, computes something else and is not checked."""
+    comparison, computes something else and is not checked. And whether it has threads that are not PyTorch's."""
 
     make: Callable[[], Step]
     factor: float | None
+    own_threads: bool = False
 
 
 def clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
@@ -111,9 +112,9 @@ def clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
     return events
 
 
-def interleaved(contenders: Mapping, seconds: float, device: torch.device, min_rounds: int = 5) -> dict:
+def interleaved(contenders: Mapping, seconds: float, device: torch.device, min_rounds: int = 5, rest: float = 0.0) -> dict:
     """Milliseconds of every contender in every round: all take their turn in each round, A B C A B C, after one warm-up
-    round, for about `seconds`."""
+    round, for about `seconds`, with a rest before each of so many."""
     measure, times = clock(device), {name: [] for name in contenders}
     for run in contenders.values():
         run()
@@ -123,6 +124,7 @@ def interleaved(contenders: Mapping, seconds: float, device: torch.device, min_r
     rounds = 0
     while rounds < min_rounds or time.perf_counter() < end:
         for name, run in contenders.items():
+            time.sleep(rest)
             times[name].append(measure(run))
         rounds += 1
     gc.enable()
@@ -182,7 +184,9 @@ def race(
                 failed |= entry.factor <= OURS
                 continue
         runs[side, layout] = step.run
-    times = {} if failed else interleaved(runs, seconds, device)
+    # Threads wait actively for a while after their work, and would keep the cores from those of another runtime.
+    rest = 0.02 if any(entry.own_threads for entry in entries.values()) else 0.0
+    times = {} if failed else interleaved(runs, seconds, device, rest=rest)
     for key, values in times.items():
         low, median, high = quartiles(values)
         record[key[0]]["layouts"][key[1]] |= {"median_ms": median, "quartiles_ms": [low, high], "rounds": len(values)}

@@ -58,13 +58,22 @@ def kernels(device_type: str) -> dict[str, str]:
     return {str(path.relative_to(REPOSITORY)): code_hash(path) for path in paths}
 
 
+def _commit() -> str:
+    """What is checked out; "-dirty" if anything but results differs from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
+
+    commit = git("describe", "--always") or "unknown"
+    return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results") else commit
+
+
 def environment(device: torch.device) -> dict:
     """What a figure depends on beside the settings: device, versions, commit, the kernels' code."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {
         "device": device_name(device),
         "device_type": device.type,
-        "commit": commit or "unknown",
+        "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{package: metadata.version(package) for package in ("timm", "numpy")},
