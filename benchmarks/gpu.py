@@ -15,7 +15,7 @@ from typing import NamedTuple
 from .machine import REPOSITORY, ROOT
 
 # Of the tests, those that are small enough for a tool that makes every access hundreds of times slower.
-SMALL = "test_operator_matches_reference and native and bfloat16 and channels_last"
+SMALL = "(test_operator_matches_reference or test_convolutions_match_pytorch) and native and bfloat16 and channels_last"
 
 
 class Stage(NamedTuple):

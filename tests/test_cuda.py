@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from sk_fused.backends import native, native_on_cuda
 
 from .cuda_on_host.build import ROOT, build, preloaded
+from .test_convolutions import OPERATORS as CONVOLUTIONS, operands as convolved
 from .test_operators import OPERATORS, operands
 
 needs_cuda_kernels = pytest.mark.skipif(not native._C.cuda_architectures, reason="the extension was built without nvcc")
@@ -23,36 +25,52 @@ def library() -> Path:
     return build(ROOT / "build/cuda_on_host")
 
 
-# In which order blocks and threads run, how many blocks the device holds, and the tests of test_operators.py.
+class Host(NamedTuple):
+    """The device that the host plays: in which order blocks and threads run, how many blocks it holds, the bytes of its L2 cache,
+    whether it has clusters."""
+
+    seed: int
+    processors: int
+    cache: int = 1 << 20
+    clusters: bool = False
+
+    def environment(self, library: Path) -> dict[str, str]:
+        return {
+            **os.environ,
+            "LD_PRELOAD": preloaded(),
+            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+            "CUDA_ON_HOST_LIBRARY": str(library),
+            "CUDA_ON_HOST_SEED": str(self.seed),
+            "CUDA_ON_HOST_PROCESSORS": str(self.processors),
+            "CUDA_ON_HOST_L2": str(self.cache),
+            "CUDA_ON_HOST_CLUSTERS": str(int(self.clusters)),
+        }
+
+
+# And the tests that are run.
 RUNS = {
-    "all": (1, 3, "not instruction_set and not threads and not memory and not (opcheck and (float16 or float64))"),
-    "one block": (2, 1, "matches_reference and not silu and float32 and not 67 and not 31"),
-    "many blocks": (3, 40, "matches_reference and bfloat16 and not 67 and not 31 or small_operators and float32"),
+    "all": (Host(1, 3), "test_operators", "not instruction_set and not threads and not memory and not (opcheck and (float16 or float64))"),
+    "one block": (Host(2, 1), "test_operators", "matches_reference and not silu and float32 and not 67 and not 31"),
+    "many blocks": (Host(3, 40), "test_operators", "matches_reference and bfloat16 and not 67 and not 31 or small_operators and float32"),
+    "units": (Host(1, 3), "test_convolutions", "match_pytorch and (bfloat16 or float16)"),
+    # Where the cache has room for two images, every convolution waits for the selection of the last but one.
+    "units, one block": (Host(2, 1, cache=1), "test_convolutions", "match_pytorch and bfloat16 and channels_last"),
+    "units, two blocks": (Host(3, 2, cache=1), "test_convolutions", "match_pytorch and float16 and channels_last"),
+    "units, many blocks": (Host(4, 40, cache=1), "test_convolutions", "match_pytorch and bfloat16 and channels_last"),
+    "units in clusters": (Host(5, 1, clusters=True), "test_convolutions", "match_pytorch and (bfloat16 or float16) and channels_last"),
+    "units in many clusters": (Host(6, 40, clusters=True), "test_convolutions", "match_pytorch and bfloat16 and channels_last"),
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_kernels_on_the_host(name: str, library: Path):
     """Under AddressSanitizer and UndefinedBehaviorSanitizer, with outputs that are NaN before they are written."""
-    seed, processors, which = RUNS[name]
-    output = run_on_host(library, seed, processors, "tests/test_operators.py", "-k", which)
-    assert " passed" in output and "failed" not in output and "skipped" not in output
-
-
-def run_on_host(library: Path, seed: int, processors: int, *arguments: str) -> str:
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": preloaded(),
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "CUDA_ON_HOST_LIBRARY": str(library),
-        "CUDA_ON_HOST_SEED": str(seed),
-        "CUDA_ON_HOST_PROCESSORS": str(processors),
-    }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--capture=sys", "-p", "no:cacheprovider", "-p", "tests.cuda_on_host.plugin", *arguments]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    host, module, which = RUNS[name]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--capture=sys", "-p", "no:cacheprovider", "-p", "tests.cuda_on_host.plugin"]
+    run = subprocess.run([*command, f"tests/{module}.py", "-k", which], cwd=ROOT, env=host.environment(library), capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
-    return run.stdout
+    assert " passed" in run.stdout and "failed" not in run.stdout and "skipped" not in run.stdout
 
 
 HASHES = """
@@ -61,35 +79,43 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 import benchmarks.harness
 benchmarks.harness.let_timm_import()
-from tests import test_operators
+from tests import test_convolutions, test_operators
 from tests.cuda_on_host import plugin
+
+
+def show(name, layout, arguments):
+    outputs = test_operators.flat(getattr(test_operators.native, name)(*arguments))
+    print(name, layout, *(hashlib.sha256(output.contiguous().float().numpy().tobytes()).hexdigest()[:16] for output in outputs))
+
+
 for layout in ("contiguous", "channels_last"):
     for name, arguments in test_operators.operands((2, 3, 12, 19, 17), torch.float32, layout).items():
-        outputs = test_operators.flat(getattr(test_operators.native, name)(*arguments))
-        print(name, layout, *(hashlib.sha256(output.contiguous().numpy().tobytes()).hexdigest()[:16] for output in outputs))
+        show(name, layout, arguments)
+    for case in ("8 a group", "dense, small maps"):
+        show("unit", layout, test_convolutions.operands(case, torch.bfloat16, layout)["unit"])
 """
 
 
-def test_results_depend_neither_on_the_order_nor_on_the_device(library: Path):
-    """To the bit."""
+@pytest.mark.parametrize("hosts", [(Host(1, 1, 1), Host(2, 5), Host(3, 40, 100_000)), (Host(1, 1, clusters=True), Host(2, 40, clusters=True))])
+def test_results_depend_neither_on_the_order_nor_on_the_device(hosts: tuple[Host, ...], library: Path):
+    """To the bit; what has clusters may add up in another order than what has none."""
     results = []
-    for seed, processors in ((1, 1), (2, 5), (3, 40)):
-        environment = {"LD_PRELOAD": preloaded(), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "PYTHONPATH": str(ROOT)}
-        environment |= {"CUDA_ON_HOST_LIBRARY": str(library), "CUDA_ON_HOST_SEED": str(seed), "CUDA_ON_HOST_PROCESSORS": str(processors)}
-        run = subprocess.run([sys.executable, "-c", HASHES], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    for host in hosts:
+        environment = host.environment(library) | {"PYTHONPATH": str(ROOT)}
+        run = subprocess.run([sys.executable, "-c", HASHES], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         results.append(run.stdout)
-    assert len(results[0].splitlines()) == 2 * len(OPERATORS)
-    assert results[0] == results[1] == results[2]
+    assert len(results[0].splitlines()) == 2 * (len(OPERATORS) + 2)
+    assert all(result == results[0] for result in results)
 
 
 @needs_cuda_kernels
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", (*OPERATORS, *CONVOLUTIONS))
 def test_operator_is_there_for_cuda_and_refuses_the_cpu(name: str):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sk_fused::{name}", "CUDA")
     operator, keys = getattr(native, name), torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     with pytest.raises(ValueError, match="expected a tensor on cuda, got one on cpu"):
-        operator.redispatch(keys, *operands((2, 2, 5, 4, 6), torch.float32)[name])
+        operator.redispatch(keys, *(operands((2, 2, 5, 4, 6), torch.float32) | convolved("8 a group", torch.float16))[name])
 
 
 def cuobjdump() -> str:
@@ -117,7 +143,7 @@ def test_kernels_keep_all_in_registers():
     print("\nregisters", *architectures)
     for name, used in sorted(kernels.items()):
         print(name, *(used[architecture][0] for architecture in architectures))
-    steps = ("branch_statistics", "squeeze", "fold_backward", "attend", "attend_backward", "select", "select_backward")
+    steps = ("branch_statistics", "squeeze", "fold_backward", "attend", "attend_backward", "select", "select_backward", "unit", "unit_in_cluster")
     assert {name.partition("<")[0] for name in kernels} == {f"_{step}_kernel" for step in steps}
     for name, used in kernels.items():
         assert list(used) == architectures or set(used) == set(architectures), name
@@ -140,7 +166,14 @@ def test_why_not_on_cuda(monkeypatch: pytest.MonkeyPatch):
     assert "at most 8 branches, got 9" in why_not(built, (9, 0), 9)
 
 
-def test_convolutions_on_cuda_are_left_to_pytorch():
-    shapes = [torch.Size((32, 16, 3, 3))] * 2
-    reason = native.why_not_convolve(torch.Size((2, 32, 8, 8)), torch.float32, shapes, 1, [1, 2], 1, torch.device("cuda", 0))
-    assert reason == "the native convolutions run on a CPU, the input is on a CUDA device"
+def test_why_not_convolve_on_cuda():
+    def why_not(inputs: int, outputs: int, groups: int = 1, dtype: torch.dtype = torch.bfloat16, stride: int = 1) -> str | None:
+        weights = [torch.Size((groups * outputs, inputs, 3, 3))] * 2
+        return native.why_not_convolve(torch.Size((2, groups * inputs, 8, 8)), dtype, weights, stride, [1, 2], groups, torch.device("cuda", 0))
+
+    for taken in ((64, 64), (32, 40), (4, 4, 32), (8, 8, 3), (16, 16, 4, torch.float16, 2)):
+        assert why_not(*taken) is None
+    assert "float32" in why_not(64, 64, dtype=torch.float32)
+    for inputs, outputs, groups in ((8, 16, 4), (4, 4, 5), (24, 24, 1), (16, 4, 2)):
+        assert f"got {inputs} in, {outputs} out, {groups} groups" in why_not(inputs, outputs, groups)
+    assert "stride 3" in why_not(16, 16, stride=3)

@@ -1,6 +1,7 @@
 """On a GPU, for every backend that runs there: `make gpu`. Elsewhere there is nothing to test; tests/test_triton.py and
 tests/test_cuda.py run the same kernels without one."""
 
+import copy
 from collections.abc import Iterator
 from functools import partial
 from types import ModuleType
@@ -14,7 +15,8 @@ import sk_fused
 from sk_fused.backends import BACKENDS
 from sk_fused.functional import ACTIVATIONS
 
-from .parity import DTYPES, LAYOUTS, assert_parity, batches, pair, step
+from .parity import DTYPES, LAYOUTS, assert_parity, assert_within, batches, pair, step
+from .test_convolutions import CASES, assert_matches_pytorch, operands as convolved
 from .test_operators import HIDDEN, OPERATORS, PASSES, SHAPES, assert_matches_reference, flat, operands
 
 if not torch.cuda.is_available():
@@ -120,15 +122,24 @@ def test_large_batch(backend: ModuleType, name: str, mode: str, layout: str):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype, images, size", [(torch.float32, 40, 28), (torch.bfloat16, 40, 28), (torch.bfloat16, 256, 56)], ids=str)
 @pytest.mark.parametrize("name", ["split", "4 a group"])
-def test_eval_unit(backend: ModuleType, name: str, layout: str):
-    """Without gradients the unit may take another road."""
-    ours, theirs = (unit.cuda().eval() for unit in pair(layout=layout, **UNITS[name]))
-    (x,) = to_gpu(batches(1, (40, 64, 28, 28), layout=layout))
+def test_eval_unit(backend: ModuleType, name: str, dtype: torch.dtype, images: int, size: int, layout: str):
+    """Without gradients the unit may take another road; and more images than a ring in the L2 cache has places."""
+    ours, theirs = (unit.cuda().eval() for unit in pair(dtype, layout, **UNITS[name]))
+    (x,) = to_gpu(batches(1, (images, 64, size, size), dtype, layout))
     with torch.no_grad():
         v = ours(x)
         assert v.is_contiguous(memory_format=LAYOUTS[layout])
-        torch.testing.assert_close(v, theirs(x), rtol=1e-3, atol=1e-4)
+        assert_within("v", v, theirs(x), copy.deepcopy(theirs).double()(x.double()))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_convolutions_match_pytorch(backend: ModuleType, case: str, dtype: torch.dtype, layout: str):
+    for name, arguments in convolved(case, dtype, layout).items():
+        assert_matches_pytorch(name, to_gpu(arguments), backend)
 
 
 def launched(run) -> list[str]:

@@ -2,46 +2,15 @@
 // each: whatever a step needs of other images, the grid waits for. Beside the parameters, read about B / kRows times out of the L2
 // cache, there is next to nothing to move.
 
-#include "common.cuh"
+#include "attention.cuh"
 
 namespace sk::cuda {
 
 // As many rows share what is read of a matrix.
 constexpr int kRows = 4;
 
-constexpr int kWarps = kThreads / kWarp;
-
 __device__ __forceinline__ int64_t thread_of_grid() { return int64_t{blockIdx.x} * kThreads + threadIdx.x; }
 __device__ __forceinline__ int64_t threads_of_grid() { return int64_t{gridDim.x} * kThreads; }
-
-// The batch-norm and the hidden activation of column d.
-template <class A> struct Column {
-  A mean, r, weight, bias, slope;
-
-  template <class Parameters>
-  __device__ __forceinline__ Column(const Parameters& f, int64_t d, A mean, A var)
-      : mean(mean),
-        r(A(1) / sqrt(var + static_cast<A>(f.eps))),
-        weight(f.weight.data == nullptr ? A(1) : at<A>(f.weight, d)),
-        bias(f.bias.data == nullptr ? A(0) : at<A>(f.bias, d)),
-        slope(static_cast<A>(f.slope)) {}
-
-  __device__ __forceinline__ A normalized(A x) const { return (x - mean) * r; }
-  __device__ __forceinline__ A act(A x) const { return gate(x, normalized(x) * weight + bias); }
-  __device__ __forceinline__ A gate(A x, A g) const { return normalized(x) * weight + bias <= 0 ? (slope == 0 ? A(0) : slope * g) : g; }
-};
-
-// term(k, part) for k from `first` on, every `step`; 16 terms at a time are summed before they join the total, as a long chain of
-// additions loses more.
-template <class A, int N, class F>
-__device__ __forceinline__ void sum_in_blocks(int64_t first, int64_t end, int64_t step, A (&total)[N], const F& term) {
-  for (int64_t k = first; k < end;) {
-    A part[N] = {};
-    for (const int64_t stop = k + 16 * step < end ? k + 16 * step : end; k < stop; k += step) term(k, part);
-#pragma unroll
-    for (int i = 0; i < N; ++i) total[i] += part[i];
-  }
-}
 
 template <class A> __global__ __launch_bounds__(kThreads, 2) void _attend_kernel(const __grid_constant__ Attend f) {
   const A* const pooled = static_cast<const A*>(f.pooled);
@@ -101,7 +70,7 @@ template <class A> __global__ __launch_bounds__(kThreads, 2) void _attend_kernel
   for (int64_t item = blockIdx.x; item < groups * tiles; item += gridDim.x) {
     const int64_t c = item % tiles * kThreads + threadIdx.x, b = item / tiles * kRows;
     if (c >= f.C) continue;
-    A largest[kRows], total[kRows] = {};
+    A largest[kRows];
     for (int64_t m = 0; m < f.M; ++m) {
       A logits[kRows] = {};
       sum_in_blocks(0, f.D, 1, logits, [&](int64_t d, A(&part)[kRows]) {
@@ -119,12 +88,8 @@ template <class A> __global__ __launch_bounds__(kThreads, 2) void _attend_kernel
       }
     }
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (b + r >= f.B) continue;
-      A* const row = a + (b + r) * f.M * f.C + c;
-      for (int64_t m = 0; m < f.M; ++m) total[r] += row[m * f.C] = exp(row[m * f.C] - largest[r]);
-      for (int64_t m = 0; m < f.M; ++m) row[m * f.C] /= total[r];
-    }
+    for (int r = 0; r < kRows; ++r)
+      if (b + r < f.B) softmax(a + (b + r) * f.M * f.C + c, f.M, f.C, largest[r]);
   }
 }
 
@@ -234,8 +199,8 @@ template <class A> __global__ __launch_bounds__(kThreads, 2) void _attend_backwa
   const int64_t first = images * narrow_tiles, second = first + hidden_rows * narrow_tiles, all = second + hidden_rows * wide_tiles;
   for (int64_t item = blockIdx.x; item < all; item += gridDim.x) {
     if (item < first) {
-      product<A>(item / narrow_tiles * kRows, f.B, item % narrow_tiles, f.C, f.D, dreduced, f.D, 1, f.fc_reduce, static_cast<A*>(f.ds), f.C, 1,
-                 nullptr);
+      product<A>(item / narrow_tiles * kRows, f.B, item % narrow_tiles, f.C, f.D, dreduced, f.D, 1, f.fc_reduce, static_cast<A*>(f.ds), f.C,
+                 1, nullptr);
     } else if (item < second) {
       const int64_t i = item - first;
       product<A>(i / narrow_tiles * kRows, f.D, i % narrow_tiles, f.C, f.B, dreduced, 1, f.D, Array{s, type}, static_cast<A*>(f.dfc_reduce),
@@ -256,7 +221,7 @@ void attend(const Attend& f, Queue queue) {
   const int64_t groups = quotient(f.B, kRows);
   const int64_t blocks = std::max({quotient(f.B * f.C, kThreads), quotient(groups * f.D, kWarps), groups * quotient(f.C, kThreads)});
   dispatch_accumulate(f.type, [&]<class A>() {
-    launch<_attend_kernel<A>>("attend", shape_of(f.B, f.M, f.C, f.D), blocks, true, 0, queue, f);
+    launch<_attend_kernel<A>>("attend", shape_of(f.B, f.M, f.C, f.D), blocks, {.cooperative = true}, 0, queue, f);
   });
 }
 
@@ -265,8 +230,8 @@ void attend_backward(const AttendBackward& f, Queue queue) {
   const int64_t products = (images + hidden) * quotient(f.C, kColumns) + hidden * quotient(f.M * f.C, kColumns);
   const int64_t blocks = std::max({quotient(f.B * f.C, kThreads), images * quotient(f.D, kWarp), products});
   dispatch_accumulate(f.type, [&]<class A>() {
-    launch<_attend_backward_kernel<A>>("attend_backward", shape_of(f.B, f.M, f.C, f.D), blocks, true, (kRows + 1) * kThreads * sizeof(A), queue,
-                                       f);
+    launch<_attend_backward_kernel<A>>("attend_backward", shape_of(f.B, f.M, f.C, f.D), blocks, {.cooperative = true},
+                                       (kRows + 1) * kThreads * sizeof(A), queue, f);
   });
 }
 

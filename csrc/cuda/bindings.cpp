@@ -95,6 +95,27 @@ class Parameters {
   std::vector<Tensor> kept;
 };
 
+// The batch-norms of M branches of C channels.
+Norms norms_of(Parameters& parameters, size_t M, int64_t C, const OptionalTensors& weights, const OptionalTensors& biases, TensorList means,
+               TensorList variances, double eps) {
+  const auto check_count = [&](size_t count, size_t expected, const char* name) {
+    TORCH_CHECK_VALUE(count == expected, name, ": expected ", expected, " vectors, got ", count);
+  };
+  check_count(variances.size(), means.size(), "variances");
+  check_count(means.size(), M, "means");
+  check_count(weights.size(), M, "norm_weights");
+  check_count(biases.size(), M, "norm_biases");
+  Norms norms{};
+  norms.eps = eps;
+  for (size_t m = 0; m < M; ++m) {
+    norms.weight[m] = parameters.vector(weights.get(m), "norm_weights", C);
+    norms.bias[m] = parameters.vector(biases.get(m), "norm_biases", C);
+    norms.mean[m] = parameters.vector(means[m], "means", C);
+    norms.var[m] = parameters.vector(variances[m], "variances", C);
+  }
+  return norms;
+}
+
 std::tuple<Tensor, Tensor> branch_statistics_cuda(TensorList ys) {
   const Branches branches = branches_of(ys);
   const Guard guard(ys[0]);
@@ -122,27 +143,15 @@ struct Summed {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> squeeze_cuda(
-    TensorList ys, const OptionalTensors& norm_weights, const OptionalTensors& norm_biases, TensorList means, TensorList variances, double eps,
-    c10::string_view activation, double negative_slope, int64_t sums) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> squeeze_cuda(TensorList ys, const OptionalTensors& norm_weights,
+                                                                                     const OptionalTensors& norm_biases, TensorList means,
+                                                                                     TensorList variances, double eps,
+                                                                                     c10::string_view activation, double negative_slope,
+                                                                                     int64_t sums) {
   const Branches branches = branches_of(ys);
   TORCH_CHECK_VALUE(sums == 1 || sums == 3, "sums: expected 1 or 3, got ", sums);
-  const auto check_count = [&](size_t count, size_t expected, const char* name) {
-    TORCH_CHECK_VALUE(count == expected, name, ": expected ", expected, " vectors, got ", count);
-  };
-  check_count(variances.size(), means.size(), "variances");
-  check_count(means.size(), ys.size(), "means");
-  check_count(norm_weights.size(), ys.size(), "norm_weights");
-  check_count(norm_biases.size(), ys.size(), "norm_biases");
   Parameters parameters(ys[0].device());
-  Norms norms{};
-  norms.eps = eps;
-  for (size_t m = 0; m < ys.size(); ++m) {
-    norms.weight[m] = parameters.vector(norm_weights.get(m), "norm_weights", branches.C);
-    norms.bias[m] = parameters.vector(norm_biases.get(m), "norm_biases", branches.C);
-    norms.mean[m] = parameters.vector(means[m], "means", branches.C);
-    norms.var[m] = parameters.vector(variances[m], "variances", branches.C);
-  }
+  const Norms norms = norms_of(parameters, ys.size(), branches.C, norm_weights, norm_biases, means, variances, eps);
   const Act act = act_of(activation, negative_slope);
   const Guard guard(ys[0]);
   const auto options = means[0].options().dtype(accumulate_type(ys[0].scalar_type()));
@@ -230,8 +239,8 @@ std::vector<Tensor> select_backward_cuda(const Tensor& g, TensorList ys, const T
 }
 
 int64_t branches_in(const Tensor& fc_select, int64_t C) {
-  TORCH_CHECK_VALUE(C > 0 && fc_select.size(0) > 0 && fc_select.size(0) % C == 0, "fc_select: expected a multiple of C = ", C, " rows, got ",
-                    fc_select.size(0));
+  TORCH_CHECK_VALUE(C > 0 && fc_select.size(0) > 0 && fc_select.size(0) % C == 0, "fc_select: expected a multiple of C = ", C,
+                    " rows, got ", fc_select.size(0));
   return fc_select.size(0) / C;
 }
 
@@ -329,10 +338,140 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward_cuda(
   return {ds, dfc_reduce, dweight, dbias, dfc_select, dselect_bias};
 }
 
+// The convolutions of `branch` are the library's: w_m * x_m, padded by the dilation, in the layout of x.
+struct Convolutions {
+  Tensor x;
+  int64_t M, stride, groups, share;
+  at::IntArrayRef dilations;
+
+  Convolutions(const Tensor& x, TensorList weights, int64_t stride, at::IntArrayRef dilations, int64_t groups)
+      : x(x), M(weights.size()), stride(stride), groups(groups), dilations(dilations) {
+    check_device(x, "x", kDevice);
+    TORCH_CHECK_VALUE(x.dim() == 4 && x.numel() > 0, "x: expected shape (B, C, H, W) without a 0, got ", x.sizes());
+    TORCH_CHECK_VALUE(x.is_contiguous(layout(x)), "x: expected contiguous or channels_last, got strides ", x.strides());
+    TORCH_CHECK_VALUE(M >= 1 && M <= kMostBranches, "weights: expected 1 to ", kMostBranches, " branches, got ", M);
+    TORCH_CHECK_VALUE(static_cast<int64_t>(dilations.size()) == M, "dilations: expected one for each of ", M, " branches, got ",
+                      dilations.size());
+    TORCH_CHECK_VALUE(stride == 1 || stride == 2, "stride: expected 1 or 2, got ", stride);
+    TORCH_CHECK_VALUE(groups >= 1, "groups: expected at least 1, got ", groups);
+    for (const auto& w : weights) {
+      TORCH_CHECK_VALUE(w.dim() == 4 && w.sizes() == weights[0].sizes() && w.size(0) % groups == 0 && w.size(2) == 3 && w.size(3) == 3,
+                        "weights: expected all of shape (a multiple of groups = ", groups, ", inputs, 3, 3), got ", weights[0].sizes(),
+                        " and ", w.sizes());
+      check_device(w, "weights", x.device());
+      TORCH_CHECK_TYPE(w.scalar_type() == x.scalar_type(), "weights: expected ", x.scalar_type(), ", got ", w.scalar_type());
+    }
+    for (const int64_t dilation : dilations)
+      TORCH_CHECK_VALUE(dilation >= 1 && dilation <= 3, "dilations: expected 1 to 3, got ", dilation);
+    share = weights[0].size(1) * groups;
+    TORCH_CHECK_VALUE(x.size(1) == share || x.size(1) == share * M, "x: expected ", share, " channels, or ", share * M,
+                      " to be split, got ", x.size(1));
+  }
+
+  bool split() const { return x.size(1) != share; }
+  Tensor part(int64_t m) const { return split() ? x.narrow(1, m * share, share) : x; }
+};
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor> branch_cuda(const Tensor& x, TensorList weights, int64_t stride, at::IntArrayRef dilations,
+                                                            int64_t groups) {
+  const Convolutions s(x, weights, stride, dilations, groups);
+  std::vector<Tensor> ys;
+  for (int64_t m = 0; m < s.M; ++m)
+    ys.push_back(at::conv2d(s.part(m), weights[m], {}, stride, dilations[m], dilations[m], groups).contiguous(layout(x)));
+  const auto [mean, var] = branch_statistics_cuda(ys);
+  return {ys, mean, var};
+}
+
+std::tuple<Tensor, std::vector<Tensor>> branch_backward_cuda(const Tensor& g, const Tensor& x, TensorList weights, int64_t stride,
+                                                             at::IntArrayRef dilations, int64_t groups, TensorList ys, const Tensor& mean,
+                                                             const Tensor& scale, const Tensor& bias, const Tensor& a, const Tensor& t,
+                                                             const Tensor& p, const Tensor& q, c10::string_view activation,
+                                                             double negative_slope, std::array<bool, 2> needs) {
+  const Convolutions s(x, weights, stride, dilations, groups);
+  const auto dys = select_backward_cuda(g, ys, mean, scale, bias, a, t, p, q, activation, negative_slope);
+  std::vector<Tensor> dxs, dweights;
+  for (int64_t m = 0; m < s.M; ++m) {
+    const int64_t dilation[] = {dilations[m], dilations[m]}, strides[] = {stride, stride};
+    auto [dx, dweight, none] = at::convolution_backward(dys[m], s.part(m), weights[m], at::OptionalIntArrayRef{}, strides, dilation,
+                                                        dilation, false, {0, 0}, groups, {needs[0], needs[1], false});
+    if (needs[0]) dxs.push_back(dx);
+    if (needs[1]) dweights.push_back(dweight.contiguous());
+  }
+  if (!needs[0]) return {at::empty({0}, x.options()), dweights};
+  if (s.split()) return {at::cat(dxs, 1).contiguous(layout(x)), dweights};
+  Tensor dx = dxs[0];
+  for (int64_t m = 1; m < s.M; ++m) dx = dx + dxs[m];
+  return {dx.contiguous(layout(x)), dweights};
+}
+
+// Where 16 bytes can be read at a time, in channels_last.
+Tensor for_matrix_units(const Tensor& t) {
+  const Tensor laid_out = t.contiguous(at::MemoryFormat::ChannelsLast);
+  return reinterpret_cast<uintptr_t>(laid_out.const_data_ptr()) % 16 == 0 ? laid_out : laid_out.clone();
+}
+
+Tensor unit_cuda(const Tensor& x, TensorList weights, int64_t stride, at::IntArrayRef dilations, int64_t groups,
+                 const OptionalTensors& norm_weights, const OptionalTensors& norm_biases, TensorList means, TensorList variances,
+                 double eps, const Tensor& fc_reduce, const std::optional<Tensor>& attn_weight, const std::optional<Tensor>& attn_bias,
+                 const Tensor& attn_mean, const Tensor& attn_var, double attn_eps, const Tensor& fc_select, c10::string_view activation,
+                 double negative_slope) {
+  const Convolutions s(x, weights, stride, dilations, groups);
+  Unit f{};
+  f.type = type_of(x, "x");
+  TORCH_CHECK_TYPE(f.type == Type::float16 || f.type == Type::bfloat16, "x: expected float16 or bfloat16, got ", x.scalar_type());
+  f.act = act_of(activation, negative_slope);
+  f.B = x.size(0);
+  f.channels = static_cast<int>(x.size(1));
+  f.H = x.size(2);
+  f.W = x.size(3);
+  f.C = static_cast<int>(weights[0].size(0));
+  f.inputs = static_cast<int>(weights[0].size(1));
+  f.groups = static_cast<int>(groups);
+  f.M = static_cast<int>(s.M);
+  f.stride = static_cast<int>(stride);
+  f.split = s.split();
+  const bool small = (f.inputs == 4 || f.inputs == 8) && f.C == f.inputs * groups;
+  TORCH_CHECK_VALUE((small || f.inputs % 16 == 0) && f.C / groups % (small ? 4 : 8) == 0 && f.C % 8 == 0,
+                    "weights: expected multiples of 16 ",
+                    "inputs and of 8 outputs a group, or 4 or 8 of both and a multiple of 8 in all, got ", f.inputs, " inputs, ",
+                    f.C / groups, " outputs, ", groups, " groups");
+  const Guard guard(x);
+  const Tensor laid_out = for_matrix_units(x);
+  std::vector<Tensor> matrices;
+  for (int64_t m = 0; m < s.M; ++m) {
+    f.dilations[m] = static_cast<int>(dilations[m]);
+    matrices.push_back(for_matrix_units(weights[m]));
+    f.weights[m] = matrices.back().const_data_ptr();
+  }
+  Parameters parameters(x.device());
+  f.norms = norms_of(parameters, s.M, f.C, norm_weights, norm_biases, means, variances, eps);
+  Attend& attention = f.attention;
+  attention.D = fc_reduce.size(0);
+  TORCH_CHECK_VALUE(attention.D > 0, "fc_reduce: expected at least one row, got ", attention.D);
+  attention.fc_reduce = parameters.matrix(fc_reduce, "fc_reduce", attention.D, f.C);
+  attention.weight = parameters.vector(attn_weight, "attn_weight", attention.D);
+  attention.bias = parameters.vector(attn_bias, "attn_bias", attention.D);
+  attention.given_mean = parameters.vector(attn_mean, "attn_mean", attention.D);
+  attention.given_var = parameters.vector(attn_var, "attn_var", attention.D);
+  attention.fc_select = parameters.matrix(fc_select, "fc_select", s.M * f.C, attention.D);
+  attention.eps = attn_eps;
+  const int64_t shape[] = {f.B, f.C, (f.H - 1) / stride + 1, (f.W - 1) / stride + 1};
+  const Tensor v = at::empty(shape, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  f.x = laid_out.const_data_ptr();
+  f.v = v.mutable_data_ptr();
+  const Tensor scratch =
+      at::empty({unit_scratch(f, guard.queue.device)}, x.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
+  unit(f, scratch.mutable_data_ptr(), guard.queue);
+  return v.contiguous(layout(x));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(sk_fused, SK_DISPATCH_KEY, m) {
   m.impl("branch_statistics", branch_statistics_cuda);
+  m.impl("branch", branch_cuda);
+  m.impl("branch_backward", branch_backward_cuda);
+  m.impl("unit", unit_cuda);
   m.impl("squeeze", squeeze_cuda);
   m.impl("attend", attend_cuda);
   m.impl("select", select_cuda);

@@ -22,6 +22,7 @@ namespace sk::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kAllLanes = 0xffffffff;
 
 // How many vectors of V values a thread has under way at a time, where there are as many.
@@ -113,6 +114,16 @@ template <class A, int kWidth> struct Constant {
     for (int i = 0; i < kWidth; ++i) x[i] = p[i];
   }
   __device__ __forceinline__ A operator[](int i) const { return x[kWidth == 1 ? 0 : i]; }
+};
+
+// A batch-norm with given statistics, of channel c of branch m: (y - mean) * scale + bias.
+template <class A> struct Folded {
+  A mean, r, scale, bias;
+  __device__ __forceinline__ Folded(const Norms& norms, int m, int64_t c)
+      : mean(at<A>(norms.mean[m], c)),
+        r(A(1) / sqrt(at<A>(norms.var[m], c) + static_cast<A>(norms.eps))),
+        scale(norms.weight[m].data == nullptr ? r : r * at<A>(norms.weight[m], c)),
+        bias(norms.bias[m].data == nullptr ? A(0) : at<A>(norms.bias[m], c)) {}
 };
 
 __device__ __forceinline__ float sigmoid(float z) { return __fdividef(1.0f, 1.0f + expf(-z)); }
@@ -253,36 +264,56 @@ inline void check(cudaError_t error, const char* kernel, const std::string& wher
   throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error) + where);
 }
 
+// What a block may have of shared memory without asking for more.
+constexpr size_t kSharedByDefault = 48 * 1024;
+
 // How many blocks of this kernel the device holds at a time.
 template <auto kernel> int resident_blocks(const char* name, size_t shared, int device) {
-  static std::atomic<int> known[64];
-  int blocks = device < 64 ? known[device].load(std::memory_order_relaxed) : 0;
-  if (blocks != 0) return blocks;
+  // For each device, of the latest launch.
+  static std::atomic<uint64_t> known[64];
+  const uint64_t latest = device < 64 ? known[device].load(std::memory_order_relaxed) : 0;
+  if (latest >> 32 == shared && latest != 0) return static_cast<int>(latest & 0xffffffff);
   int processors = 0, per_processor = 0;
+  if (shared > kSharedByDefault)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name,
+          ", asking for " + std::to_string(shared) + " bytes of shared memory");
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), name, ", counting multiprocessors");
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, shared), name, ", counting resident blocks");
-  blocks = processors * per_processor;
-  if (device < 64) known[device].store(blocks, std::memory_order_relaxed);
+  const int blocks = processors * per_processor;
+  if (device < 64) known[device].store(uint64_t{shared} << 32 | static_cast<uint64_t>(blocks), std::memory_order_relaxed);
   return blocks;
 }
 
-// Blocks for `items`, which a kernel takes in turns of gridDim.x; if they wait for each other, no more than the device holds.
+// Whether all blocks wait for each other; how many at a time do, so that they run together.
+struct Together {
+  bool cooperative = false;
+  int cluster = 1;
+};
+
+// Blocks for `items`, which a kernel takes in turns of gridDim.x; if all wait for each other, no more than the device holds; a cluster's
+// kernel has a block for every item.
 template <auto kernel, class Parameters>
-void launch(const char* name, const std::string& shape, int64_t items, bool cooperative, size_t shared, Queue queue,
+void launch(const char* name, const std::string& shape, int64_t items, Together together, size_t shared, Queue queue,
             const Parameters& parameters) {
   check(cudaSetDevice(queue.device), name, ", taking device " + std::to_string(queue.device));
   const int resident = resident_blocks<kernel>(name, shared, queue.device);
-  const int64_t most = cooperative ? resident : int64_t{resident} * 64;
+  const int64_t most = together.cluster > 1 ? items : together.cooperative ? resident : int64_t{resident} * 64;
   cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
+  if (together.cluster > 1) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(together.cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(std::max<int64_t>(1, std::min(items, most))));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = shared;
   config.stream = queue.stream;
   config.attrs = &attribute;
-  config.numAttrs = cooperative ? 1 : 0;
+  config.numAttrs = together.cooperative || together.cluster > 1 ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, parameters), name,
         ", grid " + std::to_string(config.gridDim.x) + ", block " + std::to_string(kThreads) + ", " + shape);
 }

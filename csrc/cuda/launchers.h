@@ -107,4 +107,23 @@ struct AttendBackward {
 };
 void attend_backward(const AttendBackward& f, Queue queue);
 
+// The whole unit with given statistics, in float16 or bfloat16, all in channels_last. x: (B, H, W, channels); M weights
+// (C, 3, 3, inputs), inputs being of a group; split: every branch has its own part of x's channels. `inputs` is a multiple of 16, or 4 or 8
+// and as many as there are outputs of a group; C is a multiple of 8. attention: its operands and sizes, and none of its results.
+// v: (B, H', W', C).
+struct Unit {
+  Type type;
+  Act act;
+  int64_t B, H, W;
+  int channels, C, inputs, groups, M, stride, dilations[kMostBranches];
+  bool split;
+  const void *x, *weights[kMostBranches];
+  Norms norms;
+  Attend attention;
+  void* v;
+};
+// Bytes that `unit` needs beside its operands on this device, at 16 bytes.
+int64_t unit_scratch(const Unit& f, int device);
+void unit(const Unit& f, void* scratch, Queue queue);
+
 }  // namespace sk::cuda

@@ -103,7 +103,8 @@ __device__ __forceinline__ void every_tile(const Parameters& f) {
   }
 }
 
-template <class T, bool kChannelsLast, int V> __global__ __launch_bounds__(kThreads, 2) void _select_kernel(const __grid_constant__ Select f) {
+template <class T, bool kChannelsLast, int V>
+__global__ __launch_bounds__(kThreads, 2) void _select_kernel(const __grid_constant__ Select f) {
   every_tile<T, kChannelsLast, V, Selected>(f);
 }
 
@@ -116,7 +117,7 @@ void select(const Branches& ys, const void* mean, const void* scale, const void*
   Select f{ys, {}, alike(v, ys.y, ys.M), act, mean, scale, bias, a, v};
   dispatch(ys, f.vectors && aligned(v), [&]<class T, bool kChannelsLast, int V>() {
     f.s = geometry(ys, V);
-    launch<_select_kernel<T, kChannelsLast, V>>("select", shape_of(ys), f.s.items(), false, 0, queue, f);
+    launch<_select_kernel<T, kChannelsLast, V>>("select", shape_of(ys), f.s.items(), {}, 0, queue, f);
   });
 }
 
@@ -126,7 +127,7 @@ void select_backward(const void* g, const Branches& ys, const void* mean, const 
   std::copy_n(dys, ys.M, f.dy);
   dispatch(ys, f.vectors && aligned(g), [&]<class T, bool kChannelsLast, int V>() {
     f.s = geometry(ys, V);
-    launch<_select_backward_kernel<T, kChannelsLast, V>>("select_backward", shape_of(ys), f.s.items(), false, 0, queue, f);
+    launch<_select_backward_kernel<T, kChannelsLast, V>>("select_backward", shape_of(ys), f.s.items(), {}, 0, queue, f);
   });
 }
 

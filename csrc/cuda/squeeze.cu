@@ -64,7 +64,7 @@ struct Statistics {
 template <class T, class A> __device__ void join_parts(const Statistics& f, const A* counts, const A* means, const A* squares) {
   const int lane = threadIdx.x % kWarp, slice = threadIdx.x / kWarp, slices = kThreads / kWarp;
   const int64_t channels = f.ys.M * f.ys.C, parts = f.s.image_tiles * f.s.segments;
-  double(*const shared)[kWarp] = reinterpret_cast<double(*)[kWarp]>(shared_memory<double>());
+  double (*const shared)[kWarp] = reinterpret_cast<double (*)[kWarp]>(shared_memory<double>());
   const auto sum = [&](double x) {
     __syncthreads();
     shared[slice][lane] = x;
@@ -165,9 +165,7 @@ __global__ __launch_bounds__(kThreads, 2) void _branch_statistics_kernel(const _
   join_parts<T>(f, counts, means, squares);
 }
 
-static bool whole_vectors(const Branches& ys) {
-  return aligned(ys.y[0]) && alike(ys.y[0], ys.y, ys.M);
-}
+static bool whole_vectors(const Branches& ys) { return aligned(ys.y[0]) && alike(ys.y[0], ys.y, ys.M); }
 
 static int channel_vector(const Branches& ys) {
   int width = 1;
@@ -184,7 +182,8 @@ void branch_statistics(const Branches& ys, void* counts, void* means, void* squa
   dispatch(ys, whole_vectors(ys), [&]<class T, bool kChannelsLast, int V>() {
     const Statistics f{ys, geometry(ys, V), alike(ys.y[0], ys.y, ys.M), counts, means, squares, mean, var};
     const size_t shared = std::max(sizeof(double) * kThreads, sizeof(Accumulate<T>) * (2 * kThreads * V + kThreads) * kChannelsLast);
-    launch<_branch_statistics_kernel<T, kChannelsLast, V>>("branch_statistics", shape_of(ys), f.s.items(), true, shared, queue, f);
+    launch<_branch_statistics_kernel<T, kChannelsLast, V>>("branch_statistics", shape_of(ys), f.s.items(), {.cooperative = true}, shared,
+                                                           queue, f);
   });
 }
 
@@ -262,17 +261,18 @@ struct Squeeze {
 
 // mean, scale and bias of kWidth channels from c on; written, too, if `writes`.
 template <class A, int kWidth>
-__device__ __forceinline__ void fold(const Squeeze& f, int m, int64_t c, bool writes, A (&mean)[kWidth], A (&scale)[kWidth], A (&bias)[kWidth]) {
+__device__ __forceinline__ void fold(const Squeeze& f, int m, int64_t c, bool writes, A (&mean)[kWidth], A (&scale)[kWidth],
+                                     A (&bias)[kWidth]) {
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
     const int64_t to = m * f.ys.C + c + i;
-    mean[i] = at<A>(f.norms.mean[m], c + i);
-    const A r = A(1) / sqrt(at<A>(f.norms.var[m], c + i) + static_cast<A>(f.norms.eps));
-    scale[i] = f.norms.weight[m].data == nullptr ? r : r * at<A>(f.norms.weight[m], c + i);
-    bias[i] = f.norms.bias[m].data == nullptr ? A(0) : at<A>(f.norms.bias[m], c + i);
+    const Folded<A> folded(f.norms, m, c + i);
+    mean[i] = folded.mean;
+    scale[i] = folded.scale;
+    bias[i] = folded.bias;
     if (writes) {
       static_cast<A*>(f.mean)[to] = mean[i];
-      static_cast<A*>(f.r)[to] = r;
+      static_cast<A*>(f.r)[to] = folded.r;
       static_cast<A*>(f.scale)[to] = scale[i];
       static_cast<A*>(f.bias)[to] = bias[i];
     }
@@ -326,7 +326,8 @@ __global__ __launch_bounds__(kThreads, 2) void _squeeze_kernel(const __grid_cons
                 total += part;
               }
               if (first + side < ys.B && tile + column < ys.C)
-                static_cast<A*>(f.out.parts[sum])[(((first + side) * ys.M + m) * f.s.segments + place.segment) * ys.C + tile + column] = total;
+                static_cast<A*>(f.out.parts[sum])[(((first + side) * ys.M + m) * f.s.segments + place.segment) * ys.C + tile + column] =
+                    total;
             }
           }
         } else {
@@ -360,7 +361,8 @@ template <int kSums, bool kWeighted> static void launch_squeeze(const char* name
   dispatch(f.ys, f.vectors && aligned(f.ys.y[0]), [&]<class T, bool kChannelsLast, int V>() {
     f.s = geometry(f.ys, V);
     const size_t shared = kChannelsLast ? sizeof(Accumulate<T>) * kThreads * V : 0;
-    launch<_squeeze_kernel<T, kChannelsLast, V, kSums, kWeighted>>(name, shape_of(f.ys), f.s.items(), f.s.segments > 1, shared, queue, f);
+    launch<_squeeze_kernel<T, kChannelsLast, V, kSums, kWeighted>>(name, shape_of(f.ys), f.s.items(), {.cooperative = f.s.segments > 1},
+                                                                   shared, queue, f);
   });
 }
 
@@ -371,8 +373,8 @@ void squeeze(const Branches& ys, const Norms& norms, Act act, void* mean, void* 
   else launch_squeeze<3, false>("squeeze", f, queue);
 }
 
-void select_backward_sums(const void* g, const Branches& ys, const void* mean, const void* scale, const void* bias, Act act, const Sums& out,
-                          Queue queue) {
+void select_backward_sums(const void* g, const Branches& ys, const void* mean, const void* scale, const void* bias, Act act,
+                          const Sums& out, Queue queue) {
   const Squeeze f{ys, {}, false, act, {}, const_cast<void*>(mean), nullptr, const_cast<void*>(scale), const_cast<void*>(bias), g, out};
   launch_squeeze<3, true>("select_backward_sums", f, queue);
 }
@@ -421,7 +423,7 @@ template <class A> __global__ __launch_bounds__(kThreads, 2) void _fold_backward
 void fold_backward(const FoldBackward& f, Queue queue) {
   dispatch_accumulate(f.type, [&]<class A>() {
     const std::string shape = "M = " + std::to_string(f.M) + ", B = " + std::to_string(f.B) + ", C = " + std::to_string(f.C);
-    launch<_fold_backward_kernel<A>>("fold_backward", shape, f.M * quotient(f.C, kWarp), false, 2 * kThreads * sizeof(A), queue, f);
+    launch<_fold_backward_kernel<A>>("fold_backward", shape, f.M * quotient(f.C, kWarp), {}, 2 * kThreads * sizeof(A), queue, f);
   });
 }
 

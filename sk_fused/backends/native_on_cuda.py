@@ -22,5 +22,12 @@ def why_not(device: torch.device, branches: int) -> str | None:
 
 
 def why_not_convolve(dtype: torch.dtype, inputs: int, outputs: int, groups: int, stride: int) -> str | None:
-    """The reason why 3 × 3 convolutions of so many channels of a group, in and out, are left to PyTorch, or None."""
-    return "the native convolutions run on a CPU, the input is on a CUDA device"
+    """The reason why 3 × 3 convolutions of so many channels of a group, in and out, are left to PyTorch, or None. Those that are taken
+    are those of the eval unit; what trains takes the library's."""
+    small, C = inputs == outputs and inputs in (4, 8), groups * outputs
+    if dtype in (torch.float16, torch.bfloat16) and stride in (1, 2) and C % 8 == 0 and C <= 8192 and (small or inputs % 16 == outputs % 8 == 0):
+        return None
+    return (
+        "the native convolutions on CUDA are for multiples of 16 channels in and of 8 out a group, or for 4 or 8 of both, a multiple of 8 and at most "
+        f"8192 in all, with stride 1 or 2, in float16 or bfloat16; got {inputs} in, {outputs} out, {groups} groups, stride {stride}, {dtype}"
+    )

@@ -1,5 +1,6 @@
 // The scheduler of cuda_on_host.h. CUDA_ON_HOST_SEED and CUDA_ON_HOST_PROCESSORS, read at every launch, give the order and how many
-// blocks are resident.
+// blocks are resident, CUDA_ON_HOST_L2 the bytes of the L2 cache,
+// CUDA_ON_HOST_CLUSTERS=1 a device with clusters.
 #include "cuda_on_host.h"
 
 #include <sys/mman.h>
@@ -39,8 +40,16 @@ struct Warp {
   unsigned char values[2][kLanes][16];
 };
 
+struct Block;
+
+struct Cluster {
+  Barrier barrier;
+  std::vector<Block*> blocks;
+};
+
 struct Block {
   unsigned index, running;
+  std::shared_ptr<Cluster> cluster;
   std::unique_ptr<unsigned char[]> shared;
   Barrier barrier;
   std::vector<Warp> warps;
@@ -53,6 +62,8 @@ struct Fiber {
   Block* block;
   unsigned thread;
   unsigned turn = 0;
+  // One group of copies is always open.
+  std::deque<std::vector<Copy>> copies = std::deque<std::vector<Copy>>(1);
   bool started = false, done = false;
   void* resume[5];
 };
@@ -151,6 +162,16 @@ void wait_for_all_blocks() {
   wait(grid_barrier);
 }
 
+void wait_for_cluster() { wait(current->block->cluster->barrier); }
+
+int block_in_cluster() { return static_cast<int>(current->block->index % current->block->cluster->blocks.size()); }
+
+const void* of_block(const void* p, int rank) {
+  Block* const other = current->block->cluster->blocks[rank];
+  if (other == nullptr) fail("a block reads from one of its cluster that has ended");
+  return other->shared.get() + (static_cast<const unsigned char*>(p) - current->block->shared.get());
+}
+
 void yield() {
   ready.push_back(current);
   leave(false);
@@ -164,18 +185,37 @@ void exchange(unsigned mask, const void* mine, void* theirs, size_t size, int fr
   std::memcpy(theirs, values[from], size);
 }
 
-void run(unsigned blocks, unsigned threads, size_t shared, bool cooperative, const std::function<void()>& thread) {
+const unsigned char* gather(const void* mine, size_t size) {
+  auto& values = current->block->warps[current->thread / kLanes].values[++current->turn % 2];
+  std::memcpy(values[current->thread % kLanes], mine, size);
+  wait_for_warp(0xffffffff);
+  return values[0];
+}
+
+std::deque<std::vector<Copy>>& copies() { return current->copies; }
+
+void others_go_first(bool adds) {
+  // Whoever waits for a count asks again and again; as long as somebody adds, it may come.
+  static uint64_t asked;
+  asked = adds ? 0 : asked + 1;
+  if (asked > 10'000'000) fail("every thread waits: a count that nobody adds to");
+  yield();
+}
+
+void run(unsigned blocks, unsigned threads, size_t shared, bool cooperative, unsigned cluster, const std::function<void()>& thread) {
   random_state = 0x9e3779b97f4a7c15ull * (setting("CUDA_ON_HOST_SEED", 0) + 1);
-  const unsigned resident = cooperative ? blocks : setting("CUDA_ON_HOST_PROCESSORS", 2);
+  const unsigned resident = cooperative ? blocks : std::max(cluster, setting("CUDA_ON_HOST_PROCESSORS", 2));
   body = &thread;
   gridDim = {blocks};
   grid_waits = cooperative;
   grid_barrier = {};
   grid_barrier.expected = blocks * threads;
   unsigned started = 0, alive = 0;
-  const auto start_block = [&] {
+  const auto start_block = [&](const std::shared_ptr<Cluster>& of) {
     auto* const block = new Block{};
     block->index = started++;
+    block->cluster = of;
+    of->blocks.push_back(block);
     block->running = threads;
     block->shared.reset(new unsigned char[shared]);
     std::memset(block->shared.get(), 0xff, shared);
@@ -201,7 +241,14 @@ void run(unsigned blocks, unsigned threads, size_t shared, bool cooperative, con
       ready.push_back(fiber);
     }
   };
-  while (started < blocks && alive < resident) start_block();
+  const auto start_clusters = [&] {
+    while (started < blocks && alive + cluster <= resident) {
+      const auto together = std::make_shared<Cluster>();
+      together->barrier.expected = cluster * threads;
+      for (unsigned i = 0; i < cluster; ++i) start_block(together);
+    }
+  };
+  start_clusters();
   while (alive > 0) {
     if (ready.empty()) fail("every thread waits: a barrier that not all reach");
     std::swap(ready[random_number() % ready.size()], ready.back());
@@ -213,16 +260,20 @@ void run(unsigned blocks, unsigned threads, size_t shared, bool cooperative, con
     free_stacks.push_back(fiber->stack);
     delete fiber;
     if (--block->running == 0) {
+      block->cluster->blocks[block->index % cluster] = nullptr;
       delete block;
       --alive;
-      if (started < blocks) start_block();
+      start_clusters();
     }
   }
 }
 
 }  // namespace cuda_on_host
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = static_cast<int>(cuda_on_host::setting("CUDA_ON_HOST_PROCESSORS", 2));
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const unsigned clusters = cuda_on_host::setting("CUDA_ON_HOST_CLUSTERS", 0);
+  const unsigned values[] = {cuda_on_host::setting("CUDA_ON_HOST_PROCESSORS", 2), cuda_on_host::setting("CUDA_ON_HOST_L2", 1 << 20),
+                             clusters ? 9u : 8u, (clusters ? 227u : 99u) * 1024};
+  *value = static_cast<int>(values[attribute]);
   return cudaSuccess;
 }

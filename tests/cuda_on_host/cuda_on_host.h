@@ -3,11 +3,15 @@
 // as the launch says, and NaN before it is written.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
+#include <map>
+#include <vector>
 
 #define __global__
 #define __host__
@@ -27,12 +31,27 @@ void* shared_bytes();
 void wait_for_block();
 void wait_for_warp(unsigned mask);
 void wait_for_all_blocks();
+void wait_for_cluster();
+int block_in_cluster();
+// In the shared memory of block `rank` of the cluster, what is at p in this block's.
+const void* of_block(const void* p, int rank);
 void yield();
 // What lane `from` of the warp gives; all lanes of the mask call it.
 void exchange(unsigned mask, const void* mine, void* theirs, size_t size, int from);
 
-// Runs `thread` for every thread of every block.
-void run(unsigned blocks, unsigned threads, size_t shared, bool cooperative, const std::function<void()>& thread);
+// What all lanes of the warp give, 16 bytes apart; good until this lane asks again.
+const unsigned char* gather(const void* mine, size_t size);
+// Copies that this thread has begun: group by group, the one that is open last.
+struct Copy {
+  void* to;
+  const void* from;
+};
+std::deque<std::vector<Copy>>& copies();
+// Before and after a count that blocks share is read, or added to.
+void others_go_first(bool adds);
+
+// Runs `thread` for every thread of every block; `cluster` blocks at a time are resident together.
+void run(unsigned blocks, unsigned threads, size_t shared, bool cooperative, unsigned cluster, const std::function<void()>& thread);
 
 }  // namespace cuda_on_host
 
@@ -60,6 +79,13 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
 struct __nv_bfloat16 {
   uint16_t bits;
 };
@@ -84,7 +110,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 
 inline float __half2float(__half x) {
   const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
-  const float magnitude = exponent == 31 ? (fraction == 0 ? INFINITY : NAN)
+  const float magnitude = exponent == 31  ? (fraction == 0 ? INFINITY : NAN)
                           : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
                                           : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
   return x.bits & 0x8000 ? -magnitude : magnitude;
@@ -99,7 +125,8 @@ inline __half __float2half_rn(float x) {
   if (magnitude < 0x1p-14f) return {static_cast<uint16_t>(sign | static_cast<int>(std::nearbyint(magnitude * 0x1p24f)))};
   const int exponent = std::ilogb(magnitude);
   // A fraction that is rounded up to 1 goes on into the exponent.
-  return {static_cast<uint16_t>(sign | (((exponent + 15) << 10) + static_cast<int>(std::nearbyint(std::ldexp(magnitude, 10 - exponent))) - 1024))};
+  return {static_cast<uint16_t>(sign |
+                                (((exponent + 15) << 10) + static_cast<int>(std::nearbyint(std::ldexp(magnitude, 10 - exponent))) - 1024))};
 }
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
@@ -108,11 +135,14 @@ struct dim3 {
   unsigned x;
   dim3(unsigned x = 1) : x(x) {}
 };
-enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative, cudaLaunchAttributeClusterDimension };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     int cooperative;
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -122,25 +152,114 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs = nullptr;
   unsigned numAttrs = 0;
 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrL2CacheSize,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device);
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  memset(to, value, bytes);
+  return cudaSuccess;
+}
+
+// How much shared memory a kernel may have.
+template <class Kernel> inline std::map<Kernel, size_t> allowed_shared;
+template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
+  int most = 0;
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+  if (bytes > most) return cudaErrorInvalidConfiguration;
+  allowed_shared<Kernel>[kernel] = bytes;
+  return cudaSuccess;
+}
+
 template <class Kernel> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
   *blocks = 1;
   return cudaSuccess;
 }
 
-template <class... P, class... A> cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), const A&... arguments) {
+template <class... P, class... A>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), const A&... arguments) {
   // As a device refuses them.
-  if (config->dynamicSmemBytes > 48 * 1024 || config->blockDim.x > 1024) return cudaErrorInvalidConfiguration;
-  cuda_on_host::run(config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, config->numAttrs > 0, [&] { kernel(arguments...); });
+  if (config->dynamicSmemBytes > std::max<size_t>(48 * 1024, allowed_shared<void (*)(P...)>[kernel]) || config->blockDim.x > 1024)
+    return cudaErrorInvalidConfiguration;
+  const bool together = config->numAttrs > 0, clusters = together && config->attrs->id == cudaLaunchAttributeClusterDimension;
+  const unsigned cluster = clusters ? config->attrs->val.clusterDim.x : 1;
+  if (config->gridDim.x % cluster != 0 || cluster > 8) return cudaErrorInvalidConfiguration;
+  cuda_on_host::run(config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, together && !clusters, cluster,
+                    [&] { kernel(arguments...); });
   return cudaSuccess;
 }
 
 namespace sk::cuda {
 template <class A> A* shared_memory() { return static_cast<A*>(cuda_on_host::shared_bytes()); }
 inline void wait_for_grid() { cuda_on_host::wait_for_all_blocks(); }
+
+// As intrinsics.cuh has them.
+inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  const unsigned lane = threadIdx.x % 32;
+  const unsigned char* const rows = cuda_on_host::gather(&row, sizeof(row));
+  for (unsigned j = 0; j < 4; ++j) {
+    const unsigned char* from;
+    memcpy(&from, rows + (8 * j + lane / 4) * 16, sizeof(from));
+    memcpy(&r[j], from + lane % 4 * 4, 4);
+  }
+}
+
+inline float as_float(__half x) { return __half2float(x); }
+inline float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T> void multiply_add(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  T rows[4][4][2], columns[4][2][2];
+  memcpy(rows, cuda_on_host::gather(a, 16) + g * 64, 64);
+  const uint32_t mine[2] = {b0, b1};
+  const unsigned char* const right = cuda_on_host::gather(mine, 8);
+  for (unsigned e = 0; e < 2; ++e) {
+    for (unsigned lane = 0; lane < 4; ++lane) memcpy(columns[lane], right + ((2 * t + e) * 4 + lane) * 16, 8);
+    for (unsigned h = 0; h < 2; ++h) {
+      double total = 0;
+      for (unsigned lane = 0; lane < 4; ++lane)
+        for (unsigned half = 0; half < 2; ++half)
+          for (unsigned i = 0; i < 2; ++i) total += double{as_float(rows[lane][2 * half + h][i])} * as_float(columns[lane][half][i]);
+      c[2 * h + e] += static_cast<float>(total);
+    }
+  }
+}
+
+// What is copied is there once it has been waited for, and not before.
+inline void copy_async(void* to, const void* from, bool there) { cuda_on_host::copies().back().push_back({to, there ? from : nullptr}); }
+inline void close_copies() { cuda_on_host::copies().emplace_back(); }
+template <int kLeft> void wait_for_copies() {
+  auto& groups = cuda_on_host::copies();
+  // The last one is open.
+  for (; groups.size() > kLeft + 1; groups.pop_front())
+    for (const auto& [to, from] : groups.front()) {
+      uint4 bytes{};
+      if (from != nullptr) bytes = *static_cast<const uint4*>(from);
+      *static_cast<uint4*>(to) = bytes;
+    }
+}
+
+template <class V> V load_fresh(const V* p) { return *p; }
+
+inline unsigned read_count(const unsigned* p) {
+  cuda_on_host::others_go_first(false);
+  return *p;
+}
+inline unsigned add_to_count(unsigned* p) {
+  cuda_on_host::others_go_first(true);
+  return (*p)++;
+}
+inline void wait_a_little() {}
+
+inline int block_in_cluster() { return cuda_on_host::block_in_cluster(); }
+inline void wait_for_cluster() { cuda_on_host::wait_for_cluster(); }
+inline float load_of_block(const float* p, int rank) { return *static_cast<const float*>(cuda_on_host::of_block(p, rank)); }
 }  // namespace sk::cuda
