@@ -244,6 +244,16 @@ int64_t branches_in(const Tensor& fc_select, int64_t C) {
   return fc_select.size(0) / C;
 }
 
+// What the attention, its backward and the unit have in common. `prefix`: of the names of its batch-norm's vectors.
+template <class F>
+void take_attention(F& f, Parameters& parameters, int64_t M, int64_t C, const Tensor& fc_reduce, const std::optional<Tensor>& weight,
+                    const std::optional<Tensor>& bias, const Tensor& fc_select, const std::string& prefix = "") {
+  f.fc_reduce = parameters.matrix(fc_reduce, "fc_reduce", f.D, C);
+  f.weight = parameters.vector(weight, (prefix + "weight").c_str(), f.D);
+  f.bias = parameters.vector(bias, (prefix + "bias").c_str(), f.D);
+  f.fc_select = parameters.matrix(fc_select, "fc_select", M * C, f.D);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_cuda(const Tensor& pooled, int64_t pixels, const Tensor& fc_reduce,
                                                                const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                                                                const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
@@ -264,12 +274,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_cuda(const Tensor& poo
   TORCH_CHECK_VALUE(f.B > 0 && f.D > 0, "pooled, fc_reduce: expected at least one image and one row, got ", f.B, " and ", f.D);
   TORCH_CHECK_VALUE(mean.has_value() == var.has_value(), "mean, var: expected both or neither, got only one");
   Parameters parameters(pooled.device());
-  f.fc_reduce = parameters.matrix(fc_reduce, "fc_reduce", f.D, f.C);
-  f.weight = parameters.vector(weight, "weight", f.D);
-  f.bias = parameters.vector(bias, "bias", f.D);
+  take_attention(f, parameters, f.M, f.C, fc_reduce, weight, bias, fc_select);
   f.given_mean = parameters.vector(mean, "mean", f.D);
   f.given_var = parameters.vector(var, "var", f.D);
-  f.fc_select = parameters.matrix(fc_select, "fc_select", f.M * f.C, f.D);
   f.select_bias = parameters.vector(select_bias, "select_bias", f.M * f.C);
   const Guard guard(pooled);
   const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, pooled.options()); };
@@ -310,10 +317,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward_cuda(
   check_array(mean, "mean", dtype, {f.D}, s.device());
   check_array(var, "var", dtype, {f.D}, s.device());
   Parameters parameters(s.device());
-  f.fc_reduce = parameters.matrix(fc_reduce, "fc_reduce", f.D, f.C);
-  f.weight = parameters.vector(weight, "weight", f.D);
-  f.bias = parameters.vector(bias, "bias", f.D);
-  f.fc_select = parameters.matrix(fc_select, "fc_select", f.M * f.C, f.D);
+  take_attention(f, parameters, f.M, f.C, fc_reduce, weight, bias, fc_select);
   const Guard guard(s);
   const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, s.options()); };
   const Tensor dlogits = empty({f.B, f.M, f.C}), dreduced = empty({f.B, f.D}), hidden = empty({f.B, f.D}), ds = empty({f.B, f.C});
@@ -448,12 +452,9 @@ Tensor unit_cuda(const Tensor& x, TensorList weights, int64_t stride, at::IntArr
   Attend& attention = f.attention;
   attention.D = fc_reduce.size(0);
   TORCH_CHECK_VALUE(attention.D > 0, "fc_reduce: expected at least one row, got ", attention.D);
-  attention.fc_reduce = parameters.matrix(fc_reduce, "fc_reduce", attention.D, f.C);
-  attention.weight = parameters.vector(attn_weight, "attn_weight", attention.D);
-  attention.bias = parameters.vector(attn_bias, "attn_bias", attention.D);
+  take_attention(attention, parameters, s.M, f.C, fc_reduce, attn_weight, attn_bias, fc_select, "attn_");
   attention.given_mean = parameters.vector(attn_mean, "attn_mean", attention.D);
   attention.given_var = parameters.vector(attn_var, "attn_var", attention.D);
-  attention.fc_select = parameters.matrix(fc_select, "fc_select", s.M * f.C, attention.D);
   attention.eps = attn_eps;
   const int64_t shape[] = {f.B, f.C, (f.H - 1) / stride + 1, (f.W - 1) / stride + 1};
   const Tensor v = at::empty(shape, x.options().memory_format(at::MemoryFormat::ChannelsLast));
