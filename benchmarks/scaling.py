@@ -10,7 +10,7 @@ import numpy
 
 from . import figures, harness
 from .cases import BATCHES, SIZES, UNITS, Case
-from .contenders import CONTENDERS, Settings, away_from_kinks, entries, exact
+from .contenders import CONTENDERS, Settings, entries, exact, far_from_kinks
 from .harness import MODES, PAIR, Benchmark
 
 # What is swept, and what the time is expected to be proportional to.
@@ -24,14 +24,12 @@ def rows(arguments: Namespace) -> Iterator[dict]:
         case = UNITS[SWEEPS[sweep][0]]
         batch = value if sweep == "batch" else arguments.batch
         case = Case(case.arguments, value) if sweep == "size" else case
-        unit, (x, g) = case.unit().to(arguments.device), case.tensors(batch, arguments.device)
+        unit, (x, g) = far_from_kinks(case.unit()).to(arguments.device), case.tensors(batch, arguments.device)
         row = {"sweep": sweep, "unit": SWEEPS[sweep][0], "value": value}
         for mode in MODES:
             if mode == "train" and batch < 4:
                 # Of one image the attention's batch-norm has no variance, and of two it knows only signs: no parity to check.
                 continue
-            if mode == "train":
-                g = away_from_kinks(unit, x, g)
             runs = entries({side: CONTENDERS[side] for side in PAIR}, unit, x, g, mode, settings)
             row[mode] = harness.race(runs, exact(unit, x, g, mode, settings), arguments.seconds, arguments.device)
         yield row
