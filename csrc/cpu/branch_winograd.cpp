@@ -135,8 +135,8 @@ SK_INLINE void multiply_transposed(const float* v, const float* d, int64_t tiles
     }
 }
 
-// As many sums as there are registers for.
-constexpr int kRows = SK_VECTOR_BYTES == 64 ? 8 : 4;
+// Rows of a product, and of a transposed one: as many sums as there are registers for, and the latter divide 16 inputs.
+constexpr int kRows = SK_VECTOR_BYTES == 64 ? 8 : 6, kTransposedRows = SK_VECTOR_BYTES == 64 ? 8 : 4;
 
 // A^T m A: 2 x 2 outputs of L channels.
 SK_INLINE void output_transform(const float* m, int64_t position_step, Vec<float> (&y)[2][2]) {
@@ -257,9 +257,9 @@ void weight_gradient_tasks(const Winograd& s, const T* x, const T* dy, float* pa
                             d_step);
       }
       for (int64_t position = 0; position < 16; ++position)
-        for (int64_t i = 0; i < s.inputs; i += kRows)
-          multiply_transposed<kRows, kVecs>(v + position * v_step + i, d + position * d_step, count, s.inputs,
-                                            du + position * du_step + i * kChunk);
+        for (int64_t i = 0; i < s.inputs; i += kTransposedRows)
+          multiply_transposed<kTransposedRows, kVecs>(v + position * v_step + i, d + position * d_step, count, s.inputs,
+                                                      du + position * du_step + i * kChunk);
     }
     const int64_t row = s.inputs * 9;
     for (int j = 0; j < kVecs; ++j) {
@@ -275,6 +275,8 @@ void weight_gradient_tasks(const Winograd& s, const T* x, const T* dy, float* pa
 
 #include "convolutions.h"
 
+#include <numeric>
+
 namespace sk {
 
 // The first pixel of a tile's 2 x 2 outputs.
@@ -282,8 +284,9 @@ struct Tile {
   int32_t row, column;
 };
 
-// Tiles that are multiplied by some output channels' weights before these outputs are made.
-constexpr int64_t kTilesOfProduct = 64;
+// Tiles that are multiplied by some output channels' weights before these outputs are made: a multiple of kRows. Of the last
+// product of a span too many rows are computed, and not looked at.
+constexpr int64_t kTilesOfProduct = 48;
 
 // From a position's values to the next one's: a power of two would bring all 16 into the same few lines of a cache.
 inline int64_t position_step(int64_t values) { return values + 16; }
@@ -353,16 +356,23 @@ static Winograd winograd_of(const Convolutions& s, int64_t m, const std::vector<
 static int64_t chunk_of(const Winograd& w) { return w.outputs % (2 * SK_PICK(lanes)()) == 0 ? 2 * SK_PICK(lanes)() : SK_PICK(lanes)(); }
 
 template <class T> static void convolve(Winograd w, const T* x, const Tensor& packed, bool add, T* out) {
-  const int64_t L = SK_PICK(lanes)(), chunk = chunk_of(w), image_groups = (w.B + w.images - 1) / w.images;
-  // Where there are too few tasks for the threads, a task has only some of the output channels.
-  w.parts = std::clamp<int64_t>(4 * at::get_num_threads() / (image_groups * w.groups), 1, w.outputs / chunk);
+  const int64_t L = SK_PICK(lanes)(), chunk = chunk_of(w), threads = at::get_num_threads();
+  // As many tasks for each thread, if there are several; if there are few, a task has only some of the output channels, though
+  // each of these parts transforms the inputs anew.
+  int64_t image_groups = (w.B + w.images - 1) / w.images;
+  if (image_groups > 1) image_groups = std::min(w.B, (image_groups + threads - 1) / threads * threads);
+  w.images = (w.B + image_groups - 1) / image_groups;
+  image_groups = (w.B + w.images - 1) / w.images;
+  const int64_t tasks = image_groups * w.groups;
+  w.parts = tasks < 4 * threads ? std::min(threads / std::gcd(tasks, threads), w.outputs / chunk) : 1;
+  w.span = std::min(w.span, w.images * w.tiles);
   const int64_t most_channels = (w.outputs / chunk + w.parts - 1) / w.parts * chunk;
   const int64_t picture = w.out.channels_last ? 0 : w.images * w.out.pixels() * most_channels;
   const int64_t scratch_size =
       w.plane_size(w.in, w.inputs) + picture +
       16 * (position_step(w.span * w.inputs) + position_step(w.inputs * chunk) + position_step(kTilesOfProduct * chunk));
   const auto kernel = chunk == L ? SK_PICK(convolve_tasks<T, 1>) : SK_PICK(convolve_tasks<T, 2>);
-  parallel_tasks(image_groups * w.groups * w.parts, scratch_size, [&](float* scratch, int64_t first, int64_t last) {
+  parallel_tasks(tasks * w.parts, scratch_size, [&](float* scratch, int64_t first, int64_t last) {
     kernel(w, x, packed.const_data_ptr<float>(), add, out, scratch, first, last);
   });
 }
