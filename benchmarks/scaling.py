@@ -10,7 +10,7 @@ import numpy
 
 from . import figures, harness
 from .cases import BATCHES, SIZES, UNITS, Case
-from .contenders import CONTENDERS, Settings, entries, exact, far_from_kinks
+from .contenders import CONTENDERS, Settings, away_from_kinks, entries, exact
 from .harness import MODES, PAIR, Benchmark
 
 # What is swept, and what the time is expected to be proportional to.
@@ -24,7 +24,8 @@ def rows(arguments: Namespace) -> Iterator[dict]:
         case = UNITS[SWEEPS[sweep][0]]
         batch = value if sweep == "batch" else arguments.batch
         case = Case(case.arguments, value) if sweep == "size" else case
-        unit, (x, g) = far_from_kinks(case.unit()).to(arguments.device), case.tensors(batch, arguments.device)
+        x, g = case.tensors(batch, arguments.device)
+        unit, g = away_from_kinks(case.unit().to(arguments.device), x, g)
         row = {"sweep": sweep, "unit": SWEEPS[sweep][0], "value": value}
         for mode in MODES:
             if mode == "train" and batch < 4:
