@@ -41,9 +41,11 @@ def bars(axes, groups: Sequence[str], series: Mapping[str, Sequence[float | None
     for i, (label, values) in enumerate(series.items()):
         at = [j + (i - (len(series) - 1) / 2) * width for j in range(len(groups))]
         drawn = axes.bar(at, [value or 0 for value in values], width * 0.94, label=label, **style(label))
-        texts = axes.bar_label(drawn, ["" if value is None else fmt % value for value in values], padding=2, fontsize=6.5)
+        # Upright, the white around a value is so wide that a dash of the line at 1 is not taken for a minus.
+        rotation, pad = (0, 2.5) if len(series) <= 4 else (90, 0.4)
+        texts = axes.bar_label(drawn, ["" if value is None else fmt % value for value in values], padding=pad + 1.5, fontsize=6.5)
         for text in texts:
-            text.set(rotation=90 if len(series) > 4 else 0, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4})
+            text.set(rotation=rotation, bbox={"facecolor": "white", "edgecolor": "none", "pad": pad})
     axes.set_xticks(range(len(groups)), groups, fontsize=8)
     axes.set_xlim(-0.5, len(groups) - 0.5)
     top = max(value for values in series.values() for value in values if value is not None)
