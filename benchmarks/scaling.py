@@ -24,13 +24,14 @@ def rows(arguments: Namespace) -> Iterator[dict]:
         case = UNITS[SWEEPS[sweep][0]]
         batch = value if sweep == "batch" else arguments.batch
         case = Case(case.arguments, value) if sweep == "size" else case
-        x, g = case.tensors(batch, arguments.device)
-        unit, g = away_from_kinks(case.unit().to(arguments.device), x, g)
+        unit, (x, g) = case.unit().to(arguments.device), case.tensors(batch, arguments.device)
         row = {"sweep": sweep, "unit": SWEEPS[sweep][0], "value": value}
         for mode in MODES:
             if mode == "train" and batch < 4:
                 # Of one image the attention's batch-norm has no variance, and of two it knows only signs: no parity to check.
                 continue
+            if mode == "train":
+                unit, g = away_from_kinks(unit, x, g)
             runs = entries({side: CONTENDERS[side] for side in PAIR}, unit, x, g, mode, settings)
             row[mode] = harness.race(runs, exact(unit, x, g, mode, settings), arguments.seconds, arguments.device)
         yield row
