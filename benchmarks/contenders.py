@@ -210,11 +210,11 @@ def entries(
 
 
 def away_from_kinks(unit: nn.Module, x: Tensor, g: Tensor) -> tuple[nn.Module, Tensor]:
-    """The unit and g such that a training step does not hang on the derivative of ReLU at values near 0. There a rounding error
+    """A unit and g such that a training step does not hang on the derivative of ReLU at values near 0. There a rounding error
     decides it, in any implementation; of the millions of values of a large batch a few always are, and each changes every
     gradient of its channel's weights. So g is 0 where in float64 a branch is within 1e-3 of 0 before its activation; and the
     attention is a thousand times flatter than it was, so that what comes back through it is within the rounding error."""
-    near = []
+    near, unit = [], copy.deepcopy(unit)
     with torch.no_grad():
         unit.attn.fc_select.weight *= 1e-3
         precise = copy.deepcopy(unit).double().train()

@@ -1,6 +1,5 @@
 // The scheduler of cuda_on_host.h. CUDA_ON_HOST_SEED and CUDA_ON_HOST_PROCESSORS, read at every launch, give the order and how many
-// blocks are resident, CUDA_ON_HOST_L2 the bytes of the L2 cache,
-// CUDA_ON_HOST_CLUSTERS=1 a device with clusters.
+// blocks are resident; CUDA_ON_HOST_L2 is the size of the L2 cache in bytes; with CUDA_ON_HOST_CLUSTERS=1 the device has clusters.
 #include "cuda_on_host.h"
 
 #include <sys/mman.h>
