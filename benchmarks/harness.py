@@ -367,8 +367,14 @@ def command(benchmark: Benchmark, argv: Sequence[str] | None = None) -> Path:
     result = {"environment": environment(arguments.device), "settings": settings, "ceilings": arguments.ceilings, "rows": rows}
     header, cells = benchmark.table(rows)
     show(f"{benchmark.title}\n{source(result)}", header, cells)
-    suffix = ("" if arguments.precision == "float32" else f"-{arguments.precision}") + ("-quick" if arguments.quick else "")
-    path = arguments.results / folder_of(result["environment"]["device"]) / f"{benchmark.name}{suffix}.json"
+    # What is not the usual run is kept apart.
+    unusual = {
+        f"-batch-{arguments.batch}": arguments.batch != parser.get_default("batch"),
+        f"-{arguments.precision}": arguments.precision != "float32",
+        "-quick": arguments.quick,
+    }
+    name = benchmark.name + "".join(suffix for suffix, applies in unusual.items() if applies)
+    path = arguments.results / folder_of(result["environment"]["device"]) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     failed = parity_failed(rows)

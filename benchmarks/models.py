@@ -70,10 +70,12 @@ def rows(arguments: Namespace) -> Iterator[dict]:
     settings = Settings(arguments.device, arguments.precision, network=True)
     x = photographs(arguments.batch).to(arguments.device)
     g = torch.randn(arguments.batch, 1000, generator=torch.Generator().manual_seed(0)).to(arguments.device) / arguments.batch
+    # The attention's batch-norm cannot be trained on one image.
+    modes = [mode for mode in MODES if mode == "eval" or arguments.batch > 1]
     for name in harness.progress(arguments.models, "networks"):
         model, twin = (build(each).to(arguments.device) for each in (name, NETWORKS[name]))
         row = {"model": name, "parameters": sum(p.numel() for p in model.parameters())}
-        for mode in MODES:
+        for mode in modes:
             reference = exact(model, x, g, mode, settings)
             ours, theirs = ({side: _in_layout(known[side], side) for side in arguments.contenders if side in known} for known in (CONTENDERS, TWINS))
             runs = entries(ours, model, x, g, mode, settings) | entries(theirs, twin, x, g, mode, settings)
@@ -81,7 +83,8 @@ def rows(arguments: Namespace) -> Iterator[dict]:
             if harness.parity_failed(row[mode]):
                 break
         else:
-            row["bytes_kept"] = {side: kept(CONTENDERS[side], model, x, settings) for side in PAIR}
+            if "train" in modes:
+                row["bytes_kept"] = {side: kept(CONTENDERS[side], model, x, settings) for side in PAIR}
         yield row
 
 
@@ -100,16 +103,17 @@ def _cells(row: dict) -> list[str]:
     timm, ours = (row["eval"][side] for side in PAIR)
     errors = [max(layout.get("max_error", 0.0) for layout in side["layouts"].values()) for side in (ours, timm)]
     cells = [row["model"], f"{row['parameters'] / 1e6:.1f} M", f"{errors[0]:.1e} ({errors[1]:.1e})"]
-    if "bytes_kept" not in row:
+    if harness.parity_failed(row):
         return [*cells, "parity failed", *[""] * 4]
     for mode in MODES:
-        cells.append(f"{row[mode]['sk_fused']['median_ms']:.0f} ({row[mode]['sk_fused']['ratio']['timm'][1]:.2f})")
-    theirs, kept = row["bytes_kept"].values()
-    return [*cells, f"{kept / 1e6:.0f} ({kept / theirs:.2f})", *(f"{_tax(row, mode, 'timm')} → {_tax(row, mode, 'sk_fused')}" for mode in MODES)]
+        cells.append(f"{row[mode]['sk_fused']['median_ms']:.0f} ({row[mode]['sk_fused']['ratio']['timm'][1]:.2f})" if mode in row else "–")
+    theirs, ours = row.get("bytes_kept", {}).values() or (None, None)
+    cells.append(f"{ours / 1e6:.0f} ({ours / theirs:.2f})" if theirs else "–")
+    return [*cells, *(f"{_tax(row, mode, 'timm')} → {_tax(row, mode, 'sk_fused')}" for mode in MODES)]
 
 
 def _tax(row: dict, mode: str, side: str) -> str:
-    ratio = row[mode].get(side, {}).get("ratio", {}).get(TWIN_OF.get(side, "plain"))
+    ratio = row.get(mode, {}).get(side, {}).get("ratio", {}).get(TWIN_OF.get(side, "plain"))
     return f"{ratio[1]:.2f}" if ratio else "–"
 
 
@@ -126,8 +130,9 @@ def figure(result: dict, path: Path) -> None:
     """What fusing changes: the ratios to timm eager of time and memory."""
     rows = result["rows"]
     page, (axes,) = figures.page(height=4.0, width=max(7.5, 2.2 * len(rows)))
-    series = {title: [row[mode]["sk_fused"]["ratio"]["timm"][1] for row in rows] for mode, title in MODES.items()}
-    series["bytes kept for the backward"] = [row["bytes_kept"]["sk_fused"] / row["bytes_kept"]["timm"] for row in rows]
+    series = {title: [row[mode]["sk_fused"]["ratio"]["timm"][1] for row in rows] for mode, title in MODES.items() if mode in rows[0]}
+    if "bytes_kept" in rows[0]:
+        series["bytes kept for the backward"] = [row["bytes_kept"]["sk_fused"] / row["bytes_kept"]["timm"] for row in rows]
     figures.bars(axes, [row["model"] for row in rows], series)
     axes.axhline(1, color="black", linewidth=0.9, linestyle="--")
     axes.set_ylabel("ratio to timm eager", fontsize=8.5)
@@ -150,8 +155,9 @@ def tax_table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
 def tax_figure(result: dict, path: Path) -> None:
     """The SK tax before and after, eval above, training step below."""
     rows = result["rows"]
-    page, axes = figures.page(2, height=6.2, width=max(7.5, 2.0 * len(rows)))
-    for each, (mode, title) in zip(axes, MODES.items()):
+    modes = [mode for mode in MODES if mode in rows[0]]
+    page, axes = figures.page(len(modes), height=0.8 + 2.7 * len(modes), width=max(7.5, 2.0 * len(rows)))
+    for each, mode in zip(axes, modes):
         series = {
             side: [row[mode][side]["ratio"].get(TWIN_OF.get(side, "plain"), [None] * 2)[1] for row in rows]
             for side in SIDES[:4]
@@ -159,7 +165,7 @@ def tax_figure(result: dict, path: Path) -> None:
         }
         figures.bars(each, [row["model"] for row in rows], series)
         each.axhline(1, color="black", linewidth=0.9, linestyle="--")
-        each.set_ylabel(f"{title}: time ÷ that of\nthe plain ResNet twin", fontsize=8.5)
+        each.set_ylabel(f"{MODES[mode]}: time ÷ that of\nthe plain ResNet twin", fontsize=8.5)
     figures.finish(page, "SK tax (1 = as fast as the plain ResNet, lower is better; compiled beside compiled)", harness.source(result), path, axes[0])
 
 

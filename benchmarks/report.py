@@ -17,9 +17,9 @@ BENCHMARKS: tuple[Benchmark, ...] = (
 
 
 def results(benchmark: Benchmark, folder: Path) -> list[Path]:
-    """The benchmark's results of a device: in float32 and in other precisions; quick runs are not reported."""
-    names = [benchmark.name, *(f"{benchmark.name}-{precision}" for precision in harness.PRECISIONS)]
-    return [path for name in names if (path := folder / f"{name}.json").exists()]
+    """The benchmark's results of a device: the usual one, then those of other batches and precisions; quick runs are not reported."""
+    name = re.compile(rf"{benchmark.name}(-batch-\d+)?(-({'|'.join(harness.PRECISIONS)}))?")
+    return sorted((path for path in folder.glob("*.json") if name.fullmatch(path.stem)), key=lambda path: path.stem)
 
 
 def markdown(benchmark: Benchmark, path: Path, beside: Path) -> str:
@@ -54,7 +54,7 @@ def device_report(folder: Path) -> str:
     sections = []
     for benchmark in BENCHMARKS:
         for path in results(benchmark, folder):
-            title = benchmark.title + path.stem.removeprefix(benchmark.name).replace("-", ", ")
+            title = benchmark.title + path.stem.removeprefix(benchmark.name).replace("-batch-", ", batch ").replace("-", ", ")
             what = benchmark.doc.strip().split(": ", 1)[1]
             sections.append(f"## {title}\n\n{what[0].upper()}{what[1:]}\n\n{markdown(benchmark, path, folder)}")
             ceilings = json.loads(path.read_text())["ceilings"]

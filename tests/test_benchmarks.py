@@ -178,7 +178,7 @@ def test_an_interrupted_run_keeps_what_it_has_measured(tmp_path: Path, monkeypat
 def test_tiny_run(tmp_path: Path):
     small = ["--quick", "--seconds", "0", "--contenders", "timm", "sk_fused", "convolutions", "--units", "512 ch 7², split"]
     path = harness.command(units.BENCHMARK, [*small, "--batch", "4", "--results", str(tmp_path)])
-    assert path.name == "units-quick.json" and path.with_suffix(".png").exists()
+    assert path.name == "units-batch-4-quick.json" and path.with_suffix(".png").exists()
     result = json.loads(path.read_text())
     (row,) = result["rows"]
     for mode in harness.MODES:
@@ -191,8 +191,19 @@ def test_tiny_run(tmp_path: Path):
     assert report.stale(path) == ["sk_fused/functional.py"]
     # A quick run is not reported, a full one is.
     assert "units" not in report.device_report(path.parent)
-    path.rename(path.with_name("units.json"))
-    assert "| 512 ch 7², split | eval |" in report.device_report(path.parent)
+    path.rename(path.with_name("units-batch-4.json"))
+    text = report.device_report(path.parent)
+    assert "## One SK unit, batch 4\n" in text and "| 512 ch 7², split | eval |" in text
+
+
+def test_one_image_has_no_training_step(tmp_path: Path):
+    path = harness.command(models.BENCHMARK, ["--quick", "--seconds", "0", "--batch", "1", "--results", str(tmp_path)])
+    assert path.name == "models-batch-1-quick.json" and path.with_suffix(".png").exists()
+    (row,) = json.loads(path.read_text())["rows"]
+    (cells,) = models.table([row])[1]
+    assert cells[4] == "–" and "→ " in cells[6] and cells[7] == "– → –"
+    models.tax_figure({**json.loads(path.read_text()), "rows": [row]}, tmp_path / "tax.png")
+    assert models.tax_table([row])[1][0][:2] == ["skresnet18", "eval"]
 
 
 def test_passes_of_every_kernel(tmp_path: Path):
