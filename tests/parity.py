@@ -6,11 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from timm.layers import SelectiveKernel
 from torch import Tensor, nn
 
 from benchmarks import harness
 from sk_fused import FusedSelectiveKernel
+
+harness.let_timm_import()
+
+from timm.layers import SelectiveKernel  # noqa: E402
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

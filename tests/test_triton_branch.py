@@ -1,6 +1,11 @@
 """The Triton convolutions of the branches: their tests, which need Triton's interpreter, in a process that has it; which road is taken;
-and what the kernels compile to, for GPUs that are not there."""
+and what the kernels compile to, for GPUs that are not there; for one architecture and all that changes a kernel:
 
+    python -m tests.test_triton_branch 90
+"""
+
+import itertools
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -9,11 +14,12 @@ import torch
 pytest.importorskip("triton")
 
 from sk_fused.backends import triton
+from sk_fused.functional import ACTIVATIONS
 from sk_fused.kernels import branch
 
 from .parity import LAYOUTS
 from .test_operators import run_python
-from .test_triton_compile import compiled
+from .test_triton_compile import Compiled, chosen, compile_all, compiled
 from .triton_branch import CASES, operands
 
 
@@ -100,6 +106,17 @@ class Call(NamedTuple):
     channels: tuple[int, int, int]
     precision: str = "half"
     images: int = 256
+    kernel: int = 3
+    stride: int = 1
+    # Of the branches, one for each.
+    dilations: tuple[int, ...] = (1, 2)
+    split: bool = False
+    activation: str = "relu"
+    half: torch.dtype = torch.bfloat16
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.half if self.precision == "half" else torch.float32
 
 
 # What has tiles of its own: widths of groups, in and out; batches that fill a GPU and that do not; precisions.
@@ -108,21 +125,39 @@ CALLS = [
     *(Call(channels, images=images) for channels in (DENSE, WIDE, NARROW, DEPTHWISE) for images in (256, 1)),
     *(Call(*call) for call in ((WIDE, "tf32"), (NARROW, "tf32"), (NARROW, "ieee"))),
 ]
+# In every precision: all widths, also those that fill no tile; and what else changes a kernel, along each axis.
+WIDTHS = [DENSE, WIDE, NARROW, DEPTHWISE, *((C, C, 1) for C in (16, 24, 32, 48, 96, 128, 512)), (3, 64, 1), (64, 128, 1), (20, 40, 4), (7, 7, 7)]
+WIDTHS += [(32 * C, 32 * C, 32) for C in (2, 8, 16, 32, 64)]
+PRECISIONS = [("half", torch.bfloat16), ("half", torch.float16), ("tf32", torch.float32), ("ieee", torch.float32)]
+AXES = [
+    *(dict(images=images) for images in (256, 1)),
+    *(dict(kernel=kernel) for kernel in (5, 7)),
+    dict(stride=2),
+    *(dict(dilations=dilations) for dilations in ((1,), (1, 1), (1, 2, 3), (1, 2, 3, 4))),
+    dict(split=True),
+    *(dict(activation=activation) for activation in ACTIVATIONS),
+]
+ALL = [
+    Call(channels, precision, half=half, **axis)
+    for (precision, half), channels, axis in itertools.product(PRECISIONS, WIDTHS, AXES)
+    if axis.keys() == {"images"} or channels in (DENSE, WIDE, NARROW, DEPTHWISE)
+]
 
 
 def launch(call: Call) -> None:
-    """The package's own roads, of two branches, on tensors without memory."""
+    """The package's own roads, on tensors without memory."""
     inputs, C, groups = call.channels
-    dtype = torch.bfloat16 if call.precision == "half" else torch.float32
-    x = torch.empty(call.images, inputs, 14, 14, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
-    vectors = (x.new_empty(C, dtype=torch.float32),) * 2
-    convolution = [x.new_empty(C, inputs // groups, 3, 3) for _ in range(2)], 1, [1, 2], groups
-    unit = vectors, vectors, vectors, vectors, 1e-5, None, None, None, None, None, 1e-5, None, "relu", 0.0
+    M, parts = len(call.dilations), len(call.dilations) if call.split else 1
+    x = torch.empty(call.images, parts * inputs, 14, 14, dtype=call.dtype, device="meta").to(memory_format=torch.channels_last)
+    vectors = (x.new_empty(C, dtype=torch.float32),) * M
+    weights = [x.new_empty(C, inputs // groups, call.kernel, call.kernel) for _ in range(M)]
+    convolution = weights, call.stride, list(call.dilations), groups
+    unit = vectors, vectors, vectors, vectors, 1e-5, None, None, None, None, None, 1e-5, None, call.activation, 0.01
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(branch, "_device", lambda device: branch._Device("a GPU", 132, 1 << 20))
         patch.setattr(branch, "_precision", lambda dtype: call.precision)
         # Their kernels have their own test.
-        patch.setattr(branch, "attend", lambda pooled, *_: [pooled.new_empty(pooled.shape[0], 2, pooled.shape[2])])
+        patch.setattr(branch, "attend", lambda pooled, *_: [pooled.new_empty(pooled.shape[0], M, pooled.shape[2])])
         patch.setattr(branch, "select", lambda *_: None)
         roads = {}
         patch.setattr(branch, "_take", lambda operator, convolution, ways, default: roads.update(ways))
@@ -132,16 +167,36 @@ def launch(call: Call) -> None:
             roads[road]()
 
 
+def row(kernel: Compiled) -> str:
+    numbers = f"{kernel.registers:>4} {kernel.stack:>6} {kernel.shared:>7}"
+    return f"{kernel.name:<24} {_described(kernel.call):<80} {numbers}  {kernel.products or ''}"
+
+
+def _described(call: Call) -> str:
+    """Without what is as usual."""
+    unusual = [f"{name}={value}" for name, value in call._asdict().items() if name != "channels" and value != Call._field_defaults[name]]
+    return " ".join([str(call.channels), *unusual])
+
+
+TITLE = f"{'kernel':<24} {'first met in':<80} regs spills  shared  products"
+
+
+def spills(kernel: Compiled) -> bool:
+    """More than a few registers, in an epilogue."""
+    return kernel.stack > 32
+
+
 @pytest.mark.parametrize(("capability", "products"), [(80, "mma.sync"), (90, "wgmma.mma_async"), (100, "tcgen05.mma")])
 def test_compiles_to_the_instructions_meant_and_hardly_spills(capability: int, products: str, tmp_path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernels = list(compiled(CALLS, capability, launch))
-    print(f"\nsm_{capability}  {'kernel':<24} {'first met in':<80} regs spills  shared  products")
-    for kernel in kernels:
-        print(f"       {kernel.name:<24} {kernel.call!s:<80} {kernel.registers:>4} {kernel.stack:>6} {kernel.shared:>7}  {kernel.products or ''}")
+    kernels = [compiled(*choice) for choice in chosen(CALLS, capability, launch)]
+    print(f"\nsm_{capability}", TITLE, *map(row, kernels), sep="\n")
     assert {kernel.name for kernel in kernels} == {"_branch_kernel", "_moments_kernel", "_branch_squeeze_kernel", "_branch_select_kernel"}
     for kernel in kernels:
-        # A few registers, in an epilogue.
-        assert kernel.stack <= 32, kernel
+        assert not spills(kernel), kernel
         has_products = kernel.name != "_moments_kernel" and kernel.call.channels != DEPTHWISE and kernel.call.precision != "ieee"
         assert kernel.products == (products if has_products else None), kernel
+
+
+if __name__ == "__main__":
+    compile_all(chosen(ALL, int(sys.argv[1]), launch), row, spills, TITLE)

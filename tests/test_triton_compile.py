@@ -3,19 +3,20 @@
 The launchers are called on tensors without memory, and what they would have compiled is collected; so there is no second list of
 what the package chooses. Along every axis (dtype, layout, branches, activation, size of the maps, number of channels) each
 value is compiled with the others at their usual one, for sm_90; sm_80 and sm_100 have another code generator, not other
-configurations, and get the usual ones. All combinations, for one architecture and in an hour or two:
+configurations, and get the usual ones. All combinations, for one architecture, take a quarter of an hour on two cores:
 
     python -m tests.test_triton_compile 90
 """
 
 import itertools
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -119,27 +120,31 @@ def launch(call: Call) -> None:
     attend.attend_backward(weights, weights, t, array(B, D), fc_reduce, d, d, d, d, 1e-5, True, "relu", 0.0, fc_select)
 
 
-def compiled(calls: Sequence[Call], capability: int, launch: Callable[[Call], None] = launch) -> Iterator[Compiled]:
-    """What the launchers would compile on such a GPU for these calls, each kernel once for every configuration."""
+def chosen(calls: Sequence[Call], capability: int, launch: Callable[[Call], None] = launch) -> list[tuple]:
+    """What the launchers would compile on such a GPU for these calls, each kernel once for every configuration; for `compiled`."""
     found: dict[str, tuple] = {}
     call = None
 
     def collect(function, key, signature, device, constexprs, options, attrs, warmup):
-        found.setdefault(f"{function.__name__} {signature} {constexprs} {attrs} {options}", (function, signature, constexprs, attrs, options, call))
+        choice = capability, call, function, signature, constexprs, attrs, options
+        found.setdefault(f"{function.__name__} {signature} {constexprs} {attrs} {options}", choice)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "_do_compile", collect)
         patch.setattr(driver, "_active", Device(capability))
         for call in calls:
             launch(call)
-    for function, signature, constexprs, attrs, options, call in found.values():
-        source = ASTSource(function, signature, constexprs, attrs)
-        kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options.__dict__)
-        registers, stack = resources(kernel.asm["cubin"])
-        ptx = kernel.asm["ptx"]
-        products = re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)
-        products = products and products[1]
-        yield Compiled(function.__name__, call, registers, stack, kernel.metadata.shared, accesses(ptx), products, "tf32" in ptx)
+    return [*found.values()]
+
+
+def compiled(capability: int, call: Call, function: JITFunction, signature: dict, constexprs: dict, attrs: dict, options) -> Compiled:
+    source = ASTSource(function, signature, constexprs, attrs)
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options.__dict__)
+    registers, stack = resources(kernel.asm["cubin"])
+    ptx = kernel.asm["ptx"]
+    products = re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)
+    products = products and products[1]
+    return Compiled(function.__name__, call, registers, stack, kernel.metadata.shared, accesses(ptx), products, "tf32" in ptx)
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -169,14 +174,18 @@ TITLE = f"{'kernel':<40} {'first met in':<60} {'regs':>4} {'spills':>6} {'shared
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_kernels_compile_without_spills(capability: int, tmp_path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernels = list(compiled(AXES if capability == 90 else USUAL, capability))
+    kernels = [compiled(*choice) for choice in chosen(AXES if capability == 90 else USUAL, capability)]
     print(f"\nsm_{capability}", TITLE, *map(row, kernels), sep="\n")
     assert {kernel.name for kernel in kernels} >= {f"_{name}_kernel" for name in KERNELS}
-    spilled = [row(kernel) for kernel in kernels if kernel.stack > (0 if kernel.name.startswith(STREAMING) else 16)]
+    spilled = [row(kernel) for kernel in kernels if spills(kernel)]
     assert not spilled, "\n".join(spilled)
     assert not [row(kernel) for kernel in kernels if kernel.tf32]
     narrow = [row(kernel) for kernel in kernels if kernel.call in USUAL and is_narrow(kernel)]
     assert not narrow, "\n".join(narrow)
+
+
+def spills(kernel: Compiled) -> bool:
+    return kernel.stack > (0 if kernel.name.startswith(STREAMING) else 16)
 
 
 KERNELS = [
@@ -194,7 +203,25 @@ def is_narrow(kernel: Compiled) -> bool:
     return half or not kernel.accesses["ld", 128] or writes and not kernel.accesses["st", 128]
 
 
+_choices: list[tuple] = []
+
+
+def _compiled(i: int) -> Compiled:
+    return compiled(*_choices[i])
+
+
+def compile_all(choices: list[tuple], row: Callable[[Compiled], str], spills: Callable[[Compiled], bool], title: str) -> None:
+    """The table of these, made by a process for each core; ends with an error if one of them spills."""
+    _choices.extend(choices)
+    print(f"{len(choices)} kernels", title, sep="\n", flush=True)
+    spilled = 0
+    # Forked, so that the processes have the choices, which hold functions and cannot be sent.
+    with multiprocessing.get_context("fork").Pool() as pool:
+        for kernel in pool.imap(_compiled, range(len(choices))):
+            print(row(kernel), "  spills" if spills(kernel) else "", flush=True)
+            spilled += spills(kernel)
+    raise SystemExit(f"{spilled} of {len(choices)} kernels spill" if spilled else 0)
+
+
 if __name__ == "__main__":
-    print(TITLE)
-    for kernel in compiled(ALL, int(sys.argv[1])):
-        print(row(kernel), flush=True)
+    compile_all(chosen(ALL, int(sys.argv[1])), row, spills, TITLE)
