@@ -189,11 +189,16 @@ def convolved_selective_kernel(
     Raises:
         ValueError, TypeError: as `selective_kernel`; ValueError also for convolutions that are not taken.
     """
-    dtype = _autocast_dtype(x)
-    x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
     reason = why_not_convolved(x, weights, stride, dilations, groups)
     if reason:
         raise ValueError(f"weights: {reason}")
+    return convolved(x, weights, stride, dilations, groups, norms, fc_reduce, attn_norm, fc_select, activation, negative_slope)
+
+
+def convolved(x, weights, stride, dilations, groups, norms, fc_reduce, attn_norm, fc_select, activation, negative_slope) -> Tensor:
+    """`convolved_selective_kernel` of convolutions that are known to be taken."""
+    dtype = _autocast_dtype(x)
+    x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
     shape = branch_shape(x, weights, stride)
     _check_unit(x, shape, len(weights), norms, fc_reduce, fc_select, activation)
     convolution = stride, list(dilations), groups

@@ -203,7 +203,7 @@ class FusedSelectiveKernel(nn.Module):
         weights = [conv.weight for conv in convs]
         convolution = convs[0].stride[0], [conv.dilation[0] for conv in convs], convs[0].groups
         if self._are_plain(convs) and functional.why_not_convolved(x, weights, *convolution) is None:
-            v = functional.convolved_selective_kernel(x, weights, *convolution, norms, fc_reduce, attn_norm, fc_select, *activation)
+            v = functional.convolved(x, weights, *convolution, norms, fc_reduce, attn_norm, fc_select, *activation)
             _count_batch(attn.bn, *bns)
             return v
 

@@ -224,28 +224,13 @@ Convolutions check_convolutions(const Tensor& x, TensorList weights, int64_t str
   return s;
 }
 
-static std::vector<Tensor> packed_weights(const Convolutions& s, TensorList weights) {
-  std::vector<Tensor> packed;
-  dispatch_convolution(weights[0].scalar_type(), [&]<class T>() {
-    for (const auto& w : weights) {
-      packed.push_back(at::empty({w.numel()}, at::kFloat));
-      pack_weights(s, w.const_data_ptr<T>(), nullptr, packed.back().template data_ptr<float>());
-    }
-  });
-  return packed;
-}
-
-static Tensor output_like(const Convolutions& s, const Tensor& x, int64_t images) {
-  return at::empty({images, s.out.C, s.out.H, s.out.W}, x.options().memory_format(layout(x)));
-}
-
 std::tuple<std::vector<Tensor>, Tensor, Tensor> branch_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArrayRef dilations,
                                                            int64_t groups) {
   const Convolutions s = check_convolutions(x, weights, stride, dilations, groups);
   std::vector<Tensor> ys;
-  for (int64_t m = 0; m < s.M; ++m) ys.push_back(output_like(s, x, s.B));
+  for (int64_t m = 0; m < s.M; ++m) ys.push_back(output_like(s, x));
   if (s.winograd()) {
-    branch_winograd(s, x, packed_weights(s, weights), ys);
+    branch_winograd(s, x, weights, ys);
     const auto [mean, var] = branch_statistics_cpu(ys);
     return {ys, mean, var};
   }
@@ -277,38 +262,6 @@ std::tuple<Tensor, std::vector<Tensor>> branch_backward_cpu(const Tensor& g, con
     branch_direct_backward(s, g, x, weights, ys, mean, scale, bias, a, t, p, q, activation, negative_slope, dx, dweights);
   }
   return {dx, dweights};
-}
-
-// Of the branches in flight, for each thread: what its share of the last-level cache holds on today's servers.
-constexpr int64_t kCacheBytes = 2 << 20;
-
-Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArrayRef dilations, int64_t groups,
-                const OptionalTensors& norm_weights, const OptionalTensors& norm_biases, TensorList means, TensorList variances, double eps,
-                const Tensor& fc_reduce, const std::optional<Tensor>& attn_weight, const std::optional<Tensor>& attn_bias,
-                const Tensor& attn_mean, const Tensor& attn_var, double attn_eps, const Tensor& fc_select, c10::string_view activation,
-                double negative_slope) {
-  const Convolutions s = check_convolutions(x, weights, stride, dilations, groups);
-  const auto [mean, r, scale, bias] = fold(norm_weights, norm_biases, means, variances, eps, at::kFloat);
-  for (const auto& [name, array] : {std::pair<const char*, const Tensor&>{"mean", mean}, {"scale", scale}, {"bias", bias}})
-    check_array(array, name, at::kFloat, {s.M, s.out.C});
-  TORCH_CHECK_VALUE(fc_select.size(0) == s.M * s.out.C, "fc_select: expected ", s.M, " * ", s.out.C, " rows, got ", fc_select.size(0));
-  const Attention attention{fc_reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, fc_select};
-  const int64_t most = std::clamp<int64_t>(at::get_num_threads() * kCacheBytes / (s.M * s.out.C * s.out.pixels() * 4), 1, s.B);
-  const int64_t rounds = (s.B + most - 1) / most, images = (s.B + rounds - 1) / rounds;
-  if (!s.winograd()) return unit_direct(s, x, weights, images, mean, scale, bias, attention, activation, negative_slope);
-  Tensor v = output_like(s, x, s.B);
-  const auto packed = packed_weights(s, weights);
-  std::vector<Tensor> ys;
-  for (int64_t m = 0; m < s.M; ++m) ys.push_back(output_like(s, x, images));
-  for (int64_t image = 0; image < s.B; image += images) {
-    Convolutions part = s;
-    part.B = std::min(images, s.B - image);
-    for (auto& y : ys) y = y.narrow(0, 0, part.B);
-    branch_winograd(part, x.narrow(0, image, part.B), packed, ys);
-    const Tensor a = attention(squeeze_normalized(ys, mean, scale, bias, activation, negative_slope), s.out.pixels());
-    select_out(v.narrow(0, image, part.B), ys, mean, scale, bias, a, activation, negative_slope);
-  }
-  return v;
 }
 
 }  // namespace sk

@@ -187,44 +187,19 @@ void branch_tasks(const Clustered& s, const T* x, const float* weights, T* const
   }
 }
 
-// Eval: z (B, clusters, M, pixels, cluster) of all branches, and the pooled sums (B, clusters * cluster) of their activations.
+// The same of the unit, into blocks.
 template <class T, Activation kAct>
-void unit_branch_tasks(const Clustered& s, float slope, const T* x, const float* weights, const float* bias, float* scratch, float* z,
-                       float* pooled, int64_t first, int64_t last) {
+void unit_branches_tasks(const Clustered& s, const Blocks& blocks, float slope, const T* x, const float* weights, float* scratch,
+                         int64_t first, int64_t last) {
   const Plane plane = s.input_plane(scratch);
   for (int64_t task = first; task < last; ++task) {
     const int64_t b = task / s.clusters(), c = task % s.clusters() * s.cluster, channels = s.in.C - c < s.cluster ? s.in.C - c : s.cluster;
     pack(x + s.in.offset(b, c), s.in, channels, plane);
-    float* const sum = pooled + b * s.channels() + c;
+    float* const sum = blocks.pooled + b * s.channels() + c;
     for (int64_t k = 0; k < s.cluster; ++k) sum[k] = 0;
     for (int64_t m = 0; m < s.M; ++m)
-      convolve(s, m, plane, weights + (m * s.channels() + c) * s.row(), bias + m * s.channels() + c,
-               z + (task * s.M + m) * s.out.pixels() * s.cluster, RowSum<kAct>{sum, {slope}});
-  }
-}
-
-template <class T, Activation kAct>
-void unit_select_tasks(const Clustered& s, float slope, const float* z, const float* a, T* v, int64_t first, int64_t last) {
-  constexpr int64_t L = kLanes<float>;
-  const Act<float, kAct> act{slope};
-  for (int64_t task = first; task < last; ++task) {
-    const int64_t b = task / s.clusters(), c = task % s.clusters() * s.cluster;
-    const float* const task_z = z + task * s.M * s.out.pixels() * s.cluster;
-    T* const image = v + s.out.offset(b, c);
-    for (int64_t k = 0; k < s.cluster && c + k < s.in.C; k += L) {
-      const int64_t lanes = clamp<L>(s.in.C - c - k);
-      for (int64_t p = 0; p < s.out.pixels(); p += L) {
-        const int64_t pixels = clamp<L>(s.out.pixels() - p);
-        Vec<float> total[L] = {};
-        for (int64_t m = 0; m < s.M; ++m) {
-          const Vec<float> weight = load_some(a + (b * s.M + m) * s.in.C + c + k, lanes);
-          const float* const from = task_z + (m * s.out.pixels() + p) * s.cluster + k;
-          for (int i = 0; i < L; ++i)
-            if (i < pixels) total[i] += weight * act(load(from + i * s.cluster));
-        }
-        store_pixels(image + k * s.out.channel_step(), s.out, p, pixels, lanes, total);
-      }
-    }
+      convolve(s, m, plane, weights + (m * s.channels() + c) * s.row(), blocks.bias + m * s.channels() + c,
+               blocks.z + (task * s.M + m) * s.out.pixels() * s.cluster, RowSum<kAct>{sum, {slope}});
   }
 }
 
@@ -359,26 +334,20 @@ struct Clustered : Convolutions {
 
 namespace sk {
 
-static Clustered clustered(const Convolutions& s) { return {s, std::max(s.inputs, SK_PICK(lanes)())}; }
+int64_t cluster_of_direct(const Convolutions& s) { return std::max(s.inputs, SK_PICK(lanes)()); }
 
-// (M, C / L, inputs * 9, L), each channel times its scale, if one is given.
-template <class T> static Tensor packed_weights(const Clustered& s, TensorList weights, const float* scale) {
-  Tensor packed = at::zeros({s.M, s.channels() * s.row()}, at::kFloat);
-  for (int64_t m = 0; m < s.M; ++m)
-    pack_weights(s, weights[m].const_data_ptr<T>(), scale ? scale + m * s.in.C : nullptr, packed[m].data_ptr<float>());
-  return packed;
-}
+static Clustered clustered(const Convolutions& s) { return {s, cluster_of_direct(s)}; }
 
 void branch_direct(const Convolutions& convolutions, const Tensor& x, TensorList weights, TensorList ys, const Tensor& mean,
                    const Tensor& var) {
   const Clustered s = clustered(convolutions);
   const Tensor moments = at::empty({s.B, 2, s.M, s.channels()}, at::kFloat), missed = at::empty({s.B, s.M, s.channels()}, at::kFloat);
+  const Tensor packed = pack_weights(s, weights, s.channels(), nullptr);
   dispatch_convolution(x.scalar_type(), [&]<class T>() {
-    const Tensor packed = packed_weights<T>(s, weights, nullptr);
     c10::SmallVector<T*, 4> out;
     for (const auto& y : ys) out.push_back(y.data_ptr<T>());
     const auto kernel = SK_PICK(branch_tasks<T>);
-    parallel_tasks(s.B * s.clusters(), s.input_plane(nullptr).size() + s.out.pixels() * s.cluster,
+    parallel_tasks(s.B * s.clusters(), s.input_plane(nullptr).size(), s.input_plane(nullptr).size() + s.out.pixels() * s.cluster,
                    [&](float* scratch, int64_t first, int64_t last) {
                      kernel(s, x.const_data_ptr<T>(), packed.const_data_ptr<float>(), out.data(), scratch, moments.data_ptr<float>(),
                             missed.data_ptr<float>(), first, last);
@@ -411,46 +380,29 @@ void branch_direct_backward(const Convolutions& convolutions, const Tensor& g, c
                                  q.const_data_ptr<float>()};
       for (int64_t m = 0; m < s.M; ++m) turn_weights(s, weights[m].const_data_ptr<T>(), turned[m].data_ptr<float>());
       const auto kernel = SK_PICK(branch_backward_tasks<T, kAct>);
-      parallel_tasks(parts * s.clusters(), s.M * s.gradient_plane(nullptr).size() + s.in.pixels() * s.cluster,
-                     [&](float* scratch, int64_t first, int64_t last) {
-                       kernel(s, gradient, x.const_data_ptr<T>(), turned.const_data_ptr<float>(), parts, scratch,
-                              dx.numel() ? dx.data_ptr<T>() : nullptr, dweights.empty() ? nullptr : partial.data_ptr<float>(), first, last);
-                     });
+      const int64_t margins = s.M * s.gradient_plane(nullptr).size();
+      parallel_tasks(parts * s.clusters(), margins, margins + s.in.pixels() * s.cluster, [&](float* scratch, int64_t first, int64_t last) {
+        kernel(s, gradient, x.const_data_ptr<T>(), turned.const_data_ptr<float>(), parts, scratch, dx.numel() ? dx.data_ptr<T>() : nullptr,
+               dweights.empty() ? nullptr : partial.data_ptr<float>(), first, last);
+      });
     }
   });
   for (int64_t m = 0; m < s.M && !dweights.empty(); ++m)
     sum_weight_gradients(s, partial.data_ptr<float>() + m * s.channels() * s.row(), partial.stride(0), parts, dweights[m]);
 }
 
-Tensor unit_direct(const Convolutions& convolutions, const Tensor& x, TensorList weights, int64_t images, const Tensor& mean,
-                   const Tensor& scale, const Tensor& bias, const Attention& attention, c10::string_view activation,
-                   double negative_slope) {
+void unit_branches_direct(const Convolutions& convolutions, const Tensor& x, const Tensor& packed, const Blocks& blocks,
+                          c10::string_view activation, double negative_slope) {
   const Clustered s = clustered(convolutions);
-  const Tensor shift = at::constant_pad_nd(bias - mean * scale, {0, s.channels() - s.in.C});
-  Tensor v = at::empty({s.B, s.in.C, s.out.H, s.out.W}, x.options().memory_format(layout(x)));
-  const Tensor z = at::empty({images * s.M * s.channels() * s.out.pixels()}, at::kFloat),
-               pooled = at::empty({images, s.channels()}, at::kFloat);
+  const int64_t scratch_size = s.input_plane(nullptr).size();
   dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
     if constexpr (!std::is_same_v<T, double>) {
-      const Tensor packed = packed_weights<T>(s, weights, scale.const_data_ptr<float>());
-      const float slope = static_cast<float>(negative_slope);
-      const auto branch_kernel = SK_PICK(unit_branch_tasks<T, kAct>);
-      const auto select_kernel = SK_PICK(unit_select_tasks<T, kAct>);
-      for (int64_t image = 0; image < s.B; image += images) {
-        const int64_t count = std::min(images, s.B - image);
-        parallel_tasks(count * s.clusters(), s.input_plane(nullptr).size(), [&](float* scratch, int64_t first, int64_t last) {
-          branch_kernel(s, slope, x.const_data_ptr<T>() + s.in.offset(image, 0), packed.const_data_ptr<float>(),
-                        shift.const_data_ptr<float>(), scratch, z.data_ptr<float>(), pooled.data_ptr<float>(), first, last);
-        });
-        const Tensor a = attention(pooled.narrow(0, 0, count).narrow(1, 0, s.in.C).unsqueeze(1).contiguous(), s.out.pixels());
-        at::parallel_for(0, count * s.clusters(), 1, [&](int64_t first, int64_t last) {
-          select_kernel(s, slope, z.const_data_ptr<float>(), a.const_data_ptr<float>(), v.data_ptr<T>() + s.out.offset(image, 0), first,
-                        last);
-        });
-      }
+      const auto kernel = SK_PICK(unit_branches_tasks<T, kAct>);
+      parallel_tasks(s.B * s.clusters(), scratch_size, scratch_size, [&](float* scratch, int64_t first, int64_t last) {
+        kernel(s, blocks, static_cast<float>(negative_slope), x.const_data_ptr<T>(), packed.const_data_ptr<float>(), scratch, first, last);
+      });
     }
   });
-  return v;
 }
 
 }  // namespace sk

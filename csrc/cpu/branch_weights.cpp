@@ -48,13 +48,23 @@ void sum_rows(const float* partial, int64_t part_step, int64_t parts, int64_t ch
 
 namespace sk {
 
-template <class T> void pack_weights(const Convolutions& s, const T* weights, const float* scale, float* out) {
-  const int64_t L = SK_PICK(lanes)(), channels = s.groups * s.outputs;
-  const auto kernel = SK_PICK(pack_rows<T>);
-  at::parallel_for(0, (channels + L - 1) / L, grain(s.row() * L), [&](int64_t first, int64_t last) {
-    for (int64_t c = first * L; c < std::min(last * L, channels); c += L)
-      kernel(weights + c * s.row(), scale ? scale + c : nullptr, std::min(L, channels - c), s.row(), out + c * s.row());
+Tensor pack_weights(const Convolutions& s, TensorList weights, int64_t channels, const float* scale) {
+  const int64_t L = SK_PICK(lanes)(), M = weights.size(), C = s.groups * s.outputs;
+  const Tensor packed = at::empty({M, channels * s.row()}, at::kFloat);
+  float* const out = packed.data_ptr<float>();
+  dispatch_convolution(weights[0].scalar_type(), [&]<class T>() {
+    c10::SmallVector<const T*, 4> in;
+    for (const auto& w : weights) in.push_back(w.const_data_ptr<T>());
+    const auto kernel = SK_PICK(pack_rows<T>);
+    at::parallel_for(0, M * channels / L, grain(s.row() * L), [&](int64_t first, int64_t last) {
+      for (int64_t i = first * L; i < last * L; i += L) {
+        const int64_t m = i / channels, c = i % channels;
+        if (c < C) kernel(in[m] + c * s.row(), scale ? scale + m * C + c : nullptr, std::min(L, C - c), s.row(), out + i * s.row());
+        else std::fill_n(out + i * s.row(), L * s.row(), 0.0f);
+      }
+    });
   });
+  return packed;
 }
 
 template <class T> void turn_weights(const Convolutions& s, const T* weights, float* out) {
@@ -76,16 +86,14 @@ void sum_weight_gradients(const Convolutions& s, const float* partial, int64_t p
   dispatch_convolution(dweight.scalar_type(), [&]<class T>() {
     T* const out = dweight.data_ptr<T>();
     const auto kernel = SK_PICK(sum_rows<T>);
-    parallel_tasks((channels + L - 1) / L, s.row() * L, [&](float* scratch, int64_t first, int64_t last) {
+    parallel_tasks((channels + L - 1) / L, 0, s.row() * L, [&](float* scratch, int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i)
         kernel(partial + i * L * s.row(), part_step, parts, std::min(L, channels - i * L), s.row(), scratch, out + i * L * s.row());
     });
   });
 }
 
-#define SK_INSTANTIATE(T)                                                             \
-  template void pack_weights<T>(const Convolutions&, const T*, const float*, float*); \
-  template void turn_weights<T>(const Convolutions&, const T*, float*);
+#define SK_INSTANTIATE(T) template void turn_weights<T>(const Convolutions&, const T*, float*);
 SK_INSTANTIATE(float)
 SK_INSTANTIATE(c10::BFloat16)
 SK_INSTANTIATE(c10::Half)

@@ -152,75 +152,135 @@ SK_INLINE void output_transform(const float* m, int64_t position_step, Vec<float
   }
 }
 
-// The outputs of one tile, kVecs * L channels, to (or, with kAdd, added to) pixels that are `step` apart.
-template <class T, int kVecs>
-SK_INLINE void store_tile(const Winograd& s, const Tile& tile, bool add, const float* m, int64_t position_step, T* out, int64_t step) {
-  constexpr int64_t L = kLanes<float>;
-  for (int j = 0; j < kVecs; ++j) {
-    Vec<float> y[2][2];
-    output_transform(m + j * L, position_step, y);
-    for (int r = 0; r < 2; ++r)
-      for (int c = 0; c < 2; ++c) {
-        const int64_t row = tile.row + r * s.dilation, column = tile.column + c * s.dilation;
-        if (row >= s.out.H || column >= s.out.W) continue;
-        T* const to = out + (row * s.out.W + column) * step + j * L;
-        store(to, add ? load(to) + y[r][c] : y[r][c]);
+// What becomes of a tile's outputs, kVecs * L channels from channel c on: they go to, or with `add` are added to, images whose
+// pixels are `step` apart.
+template <class T, int kVecs> struct ToImages {
+  T* images;
+  int64_t image_step, step;
+  bool add;
+  SK_INLINE void operator()(const Winograd& s, int64_t b, const Tile& tile, int64_t c, const float* m, int64_t position_step) const {
+    constexpr int64_t L = kLanes<float>;
+    for (int j = 0; j < kVecs; ++j) {
+      Vec<float> y[2][2];
+      output_transform(m + j * L, position_step, y);
+      for (int row = 0; row < 2; ++row)
+        for (int column = 0; column < 2; ++column) {
+          if (!s.has(tile, row, column)) continue;
+          T* const to = images + b * image_step + s.pixel(tile, row, column) * step + c + j * L;
+          store(to, add ? load(to) + y[row][column] : y[row][column]);
+        }
+    }
+  }
+};
+
+// Or to the blocks of the unit, and their activations to the pooled sums; one of a task's blocks has all its kVecs * L channels.
+template <int kVecs, Activation kAct> struct ToBlocks {
+  Act<float, kAct> act;
+  const float* bias;
+  float *z, *pooled;
+  int64_t image_step, block_step, pooled_step;
+  SK_INLINE void operator()(const Winograd& s, int64_t b, const Tile& tile, int64_t c, const float* m, int64_t position_step) const {
+    constexpr int64_t L = kLanes<float>;
+    float* const block = z + b * image_step + c / (kVecs * L) * block_step;
+    for (int j = 0; j < kVecs; ++j) {
+      Vec<float> y[2][2];
+      output_transform(m + j * L, position_step, y);
+      const Vec<float> shift = load(bias + c + j * L);
+      float* const sum = pooled + b * pooled_step + c + j * L;
+      Vec<float> total = {};
+      for (int row = 0; row < 2; ++row)
+        for (int column = 0; column < 2; ++column) {
+          if (!s.has(tile, row, column)) continue;
+          const Vec<float> value = y[row][column] + shift;
+          store(block + (s.pixel(tile, row, column) * kVecs + j) * L, value);
+          total += act(value);
+        }
+      store(sum, load(sum) + total);
+    }
+  }
+};
+
+// Output channels `begin` to `end` of a group, of some images: each tile's products go to to(s, image, tile, channel, ...).
+template <int kVecs, class T, class To>
+SK_INLINE void convolve(const Winograd& s, const T* x, const float* packed, int64_t image, int64_t images, int64_t group, int64_t begin,
+                        int64_t end, float* scratch, const To& to) {
+  constexpr int64_t L = kLanes<float>, kChunk = kVecs * L;
+  const Plane plane = s.plane(scratch, s.in, s.inputs);
+  const int64_t v_step = position_step(s.span * s.inputs), u_step = position_step(s.inputs * kChunk),
+                m_step = position_step(kTilesOfProduct * kChunk), tiles = images * s.tiles;
+  float* const v = scratch + s.plane_size(s.in, s.inputs);
+  float* const u = v + 16 * v_step;
+  float* const m = u + 16 * u_step;
+  for (int64_t start = 0; start < tiles; start += s.span) {
+    const int64_t count = tiles - start < s.span ? tiles - start : s.span;
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t in_image = (start + t) % s.tiles;
+      if (in_image == 0) pack(x + s.in.offset(image + (start + t) / s.tiles, s.first_input + group * s.inputs), s.in, s.inputs, plane);
+      const Tile& tile = s.tile[in_image];
+      const float* const pixel = plane.row(tile.row - s.dilation) + (tile.column - s.dilation) * s.inputs;
+      transform_inputs(pixel, s.dilation * plane.columns * s.inputs, s.dilation * s.inputs, s.inputs, v + t * s.inputs, v_step);
+    }
+    for (int64_t c = begin; c < end; c += kChunk) {
+      for (int j = 0; j < kVecs; ++j)
+        transform_weights(packed + (group * s.outputs + c + j * L) * s.inputs * 9, s.inputs, s.channel_step, s.tap_step, u + j * L, kChunk,
+                          u_step);
+      for (int64_t from = 0; from < count; from += kTilesOfProduct) {
+        const int64_t until = from + kTilesOfProduct < count ? from + kTilesOfProduct : count;
+        for (int64_t position = 0; position < 16; ++position)
+          for (int64_t t = from; t < until; t += kRows)
+            multiply<kRows, kVecs>(v + position * v_step + t * s.inputs, u + position * u_step, s.inputs,
+                                   m + position * m_step + (t - from) * kChunk);
+        for (int64_t t = from; t < until; ++t)
+          to(s, (start + t) / s.tiles, s.tile[(start + t) % s.tiles], c, m + (t - from) * kChunk, m_step);
       }
+    }
   }
 }
 
 // Tasks are (some images, group, part of its output channels).
 template <class T, int kVecs>
 void convolve_tasks(const Winograd& s, const T* x, const float* packed, bool add, T* out, float* scratch, int64_t first, int64_t last) {
-  constexpr int64_t L = kLanes<float>, kChunk = kVecs * L;
-  const Plane plane = s.plane(scratch, s.in, s.inputs);
-  const int64_t v_step = position_step(s.span * s.inputs), u_step = position_step(s.inputs * kChunk),
-                m_step = position_step(kTilesOfProduct * kChunk);
-  float* const v = scratch + s.plane_size(s.in, s.inputs);
-  float* const u = v + 16 * v_step;
-  float* const m = u + 16 * u_step;
+  constexpr int64_t kChunk = kVecs * kLanes<float>;
   // channels_last outputs go where they belong at once.
-  float* const picture = s.out.channels_last ? nullptr : m + 16 * m_step;
+  float* const picture = s.out.channels_last ? nullptr : scratch + s.scratch_size(kChunk);
   for (int64_t task = first; task < last; ++task) {
-    const int64_t part = task % s.parts, group = task / s.parts % s.groups, image = task / s.parts / s.groups * s.images;
-    const int64_t begin = s.chunk_of(part, kChunk), end = s.chunk_of(part + 1, kChunk), channels = end - begin;
-    const int64_t images = s.B - image < s.images ? s.B - image : s.images, tiles = images * s.tiles;
-    const int64_t out_channel = s.first_output + group * s.outputs + begin;
-    for (int64_t i = 0; add && picture && i < images; ++i)
-      pack(out + s.out.offset(image + i, out_channel), s.out, channels,
-           Plane{picture + i * s.out.pixels() * channels, s.out.W, 0, 1, s.out.H, s.out.W, channels});
-    for (int64_t start = 0; start < tiles; start += s.span) {
-      const int64_t count = tiles - start < s.span ? tiles - start : s.span;
-      for (int64_t t = 0; t < count; ++t) {
-        const int64_t in_image = (start + t) % s.tiles;
-        if (in_image == 0) pack(x + s.in.offset(image + (start + t) / s.tiles, s.first_input + group * s.inputs), s.in, s.inputs, plane);
-        const Tile& tile = s.tile[in_image];
-        const float* const pixel = plane.row(tile.row - s.dilation) + (tile.column - s.dilation) * s.inputs;
-        transform_inputs(pixel, s.dilation * plane.columns * s.inputs, s.dilation * s.inputs, s.inputs, v + t * s.inputs, v_step);
-      }
-      for (int64_t c = begin; c < end; c += kChunk) {
-        for (int j = 0; j < kVecs; ++j)
-          transform_weights(packed + (group * s.outputs + c + j * L) * s.inputs * 9, s.inputs, s.channel_step, s.tap_step, u + j * L,
-                            kChunk, u_step);
-        for (int64_t from = 0; from < count; from += kTilesOfProduct) {
-          const int64_t to = from + kTilesOfProduct < count ? from + kTilesOfProduct : count;
-          for (int64_t position = 0; position < 16; ++position)
-            for (int64_t t = from; t < to; t += kRows)
-              multiply<kRows, kVecs>(v + position * v_step + t * s.inputs, u + position * u_step, s.inputs,
-                                     m + position * m_step + (t - from) * kChunk);
-          for (int64_t t = from; t < to; ++t) {
-            const int64_t b = (start + t) / s.tiles;
-            const Tile& tile = s.tile[(start + t) % s.tiles];
-            const float* const product = m + (t - from) * kChunk;
-            if (picture)
-              store_tile<float, kVecs>(s, tile, add, product, m_step, picture + b * s.out.pixels() * channels + c - begin, channels);
-            else store_tile<T, kVecs>(s, tile, add, product, m_step, out + s.out.offset(image + b, out_channel - begin + c), s.out.C);
-          }
-        }
-      }
+    const auto [image, images, group, begin, end] = s.task(task, kChunk);
+    const int64_t channels = end - begin, group_channel = group * s.outputs + s.first_output;
+    if (!picture) {
+      T* const to = out + s.out.offset(image, group_channel);
+      convolve<kVecs>(s, x, packed, image, images, group, begin, end, scratch,
+                      ToImages<T, kVecs>{to, s.out.C * s.out.pixels(), s.out.C, add});
+      continue;
     }
-    for (int64_t i = 0; picture && i < images; ++i)
-      unpack(picture + i * s.out.pixels() * channels, channels, out + s.out.offset(image + i, out_channel), s.out, channels);
+    T* const to = out + s.out.offset(image, group_channel + begin);
+    for (int64_t i = 0; add && i < images; ++i)
+      pack(to + s.out.offset(i, 0), s.out, channels,
+           Plane{picture + i * s.out.pixels() * channels, s.out.W, 0, 1, s.out.H, s.out.W, channels});
+    convolve<kVecs>(s, x, packed, image, images, group, begin, end, scratch,
+                    ToImages<float, kVecs>{picture - begin, s.out.pixels() * channels, channels, add});
+    for (int64_t i = 0; i < images; ++i)
+      unpack(picture + i * s.out.pixels() * channels, channels, to + s.out.offset(i, 0), s.out, channels);
+  }
+}
+
+// The same tasks of all branches, into blocks.
+template <class T, int kVecs, Activation kAct>
+void unit_branches_tasks(const Winograd* branches, int64_t M, const Blocks& blocks, float slope, const T* x, const float* packed,
+                         float* scratch, int64_t first, int64_t last) {
+  constexpr int64_t kChunk = kVecs * kLanes<float>;
+  const int64_t channels = blocks.channels();
+  for (int64_t task = first; task < last; ++task) {
+    const auto [image, images, group, begin, end] = branches[0].task(task, kChunk);
+    const int64_t channel = group * branches[0].outputs, block_step = M * branches[0].out.pixels() * kChunk;
+    float* const pooled = blocks.pooled + image * channels + channel;
+    for (int64_t i = 0; i < images; ++i)
+      for (int64_t c = begin; c < end; ++c) pooled[i * channels + c] = 0;
+    for (int64_t m = 0; m < M; ++m) {
+      float* const z = blocks.z + (image * blocks.clusters + channel / kChunk) * block_step + m * branches[0].out.pixels() * kChunk;
+      convolve<kVecs>(branches[m], x, packed + m * channels * branches[m].inputs * 9, image, images, group, begin, end, scratch,
+                      ToBlocks<kVecs, kAct>{
+                          {slope}, blocks.bias + m * channels + channel, z, pooled, blocks.clusters * block_step, block_step, channels});
+    }
   }
 }
 
@@ -294,7 +354,7 @@ inline int64_t position_step(int64_t values) { return values + 16; }
 // One convolution of stride 1, and how it is cut into tasks.
 struct Winograd {
   Picture in, out;
-  int64_t B, groups, inputs, outputs, first_input, first_output, dilation;
+  int64_t B, groups, inputs, outputs, first_input, first_output, dilation, halo;
   // Tiles of an image.
   const Tile* tile;
   int64_t tiles;
@@ -303,11 +363,34 @@ struct Winograd {
   // What transform_weights reads.
   int64_t channel_step, tap_step;
 
-  // Tiles may begin before the picture by one step and end up to two after it.
-  int64_t plane_columns(const Picture& p) const { return p.W + 3 * dilation; }
-  int64_t plane_size(const Picture& p, int64_t channels) const { return (p.H + 3 * dilation) * plane_columns(p) * channels; }
+  // Tiles may begin before the picture by one step and end up to two after it. A step is a dilation, at most the halo.
+  int64_t plane_columns(const Picture& p) const { return p.W + 3 * halo; }
+  int64_t plane_size(const Picture& p, int64_t channels) const { return (p.H + 3 * halo) * plane_columns(p) * channels; }
   Plane plane(float* data, const Picture& p, int64_t channels) const {
-    return {data + dilation * plane_columns(p) * channels, plane_columns(p), dilation, 1, p.H, p.W, channels};
+    return {data + halo * plane_columns(p) * channels, plane_columns(p), halo, 1, p.H, p.W, channels};
+  }
+
+  // The 2 x 2 outputs of a tile, where the picture has them.
+  bool has(const Tile& t, int64_t row, int64_t column) const {
+    return t.row + row * dilation < out.H && t.column + column * dilation < out.W;
+  }
+  int64_t pixel(const Tile& t, int64_t row, int64_t column) const {
+    return (t.row + row * dilation) * out.W + t.column + column * dilation;
+  }
+
+  // A plane, and the transformed inputs, weights and outputs of `chunk` channels.
+  int64_t scratch_size(int64_t chunk) const {
+    return plane_size(in, inputs) +
+           16 * (position_step(span * inputs) + position_step(inputs * chunk) + position_step(kTilesOfProduct * chunk));
+  }
+
+  struct Task {
+    int64_t image, images, group, begin, end;
+  };
+  int64_t tasks() const { return (B + images - 1) / images * groups * parts; }
+  Task task(int64_t i, int64_t chunk) const {
+    const int64_t part = i % parts, image = i / parts / groups * images;
+    return {image, std::min(images, B - image), i / parts % groups, chunk_of(part, chunk), chunk_of(part + 1, chunk)};
   }
   int64_t chunk_of(int64_t part, int64_t chunk) const { return part * (outputs / chunk) / parts * chunk; }
 };
@@ -341,7 +424,8 @@ static Winograd winograd_of(const Convolutions& s, int64_t m, const std::vector<
              .outputs = s.outputs,
              .first_input = s.first_input(m),
              .first_output = 0,
-             .dilation = s.dilation[m]};
+             .dilation = s.dilation[m],
+             .halo = s.halo};
   w.tile = tiles.data();
   w.tiles = tiles.size();
   w.images = std::clamp<int64_t>((kTilesOfWeights + w.tiles - 1) / w.tiles, 1, w.B);
@@ -353,35 +437,64 @@ static Winograd winograd_of(const Convolutions& s, int64_t m, const std::vector<
 }
 
 // Channels of outputs that are multiplied at a time: two vectors where they fill them.
-static int64_t chunk_of(const Winograd& w) { return w.outputs % (2 * SK_PICK(lanes)()) == 0 ? 2 * SK_PICK(lanes)() : SK_PICK(lanes)(); }
+static int64_t chunk_of(int64_t outputs) { return outputs % (2 * SK_PICK(lanes)()) == 0 ? 2 * SK_PICK(lanes)() : SK_PICK(lanes)(); }
 
-template <class T> static void convolve(Winograd w, const T* x, const Tensor& packed, bool add, T* out) {
-  const int64_t L = SK_PICK(lanes)(), chunk = chunk_of(w), threads = at::get_num_threads();
-  // As many tasks for each thread, if there are several; if there are few, a task has only some of the output channels, though
-  // each of these parts transforms the inputs anew.
+// As many tasks for each thread, if there are several; if there are few, a task has only some of the output channels, though
+// each of these parts transforms the inputs anew.
+static void cut(Winograd& w, int64_t chunk) {
+  const int64_t threads = at::get_num_threads();
   int64_t image_groups = (w.B + w.images - 1) / w.images;
   if (image_groups > 1) image_groups = std::min(w.B, (image_groups + threads - 1) / threads * threads);
   w.images = (w.B + image_groups - 1) / image_groups;
-  image_groups = (w.B + w.images - 1) / w.images;
-  const int64_t tasks = image_groups * w.groups;
-  w.parts = tasks < 4 * threads ? std::min(threads / std::gcd(tasks, threads), w.outputs / chunk) : 1;
+  w.parts = 1;
+  const int64_t tasks = w.tasks();
+  if (tasks < 4 * threads) w.parts = std::min(threads / std::gcd(tasks, threads), w.outputs / chunk);
   w.span = std::min(w.span, w.images * w.tiles);
-  const int64_t most_channels = (w.outputs / chunk + w.parts - 1) / w.parts * chunk;
-  const int64_t picture = w.out.channels_last ? 0 : w.images * w.out.pixels() * most_channels;
-  const int64_t scratch_size =
-      w.plane_size(w.in, w.inputs) + picture +
-      16 * (position_step(w.span * w.inputs) + position_step(w.inputs * chunk) + position_step(kTilesOfProduct * chunk));
-  const auto kernel = chunk == L ? SK_PICK(convolve_tasks<T, 1>) : SK_PICK(convolve_tasks<T, 2>);
-  parallel_tasks(tasks * w.parts, scratch_size, [&](float* scratch, int64_t first, int64_t last) {
-    kernel(w, x, packed.const_data_ptr<float>(), add, out, scratch, first, last);
-  });
 }
 
-void branch_winograd(const Convolutions& s, const Tensor& x, TensorList packed, TensorList ys) {
+template <class T> static void convolve(Winograd w, const T* x, const float* packed, bool add, T* out) {
+  const int64_t chunk = chunk_of(w.outputs);
+  cut(w, chunk);
+  const int64_t most_channels = (w.outputs / chunk + w.parts - 1) / w.parts * chunk;
+  const int64_t picture = w.out.channels_last ? 0 : w.images * w.out.pixels() * most_channels;
+  const auto kernel = chunk == SK_PICK(lanes)() ? SK_PICK(convolve_tasks<T, 1>) : SK_PICK(convolve_tasks<T, 2>);
+  parallel_tasks(w.tasks(), w.plane_size(w.in, w.inputs), w.scratch_size(chunk) + picture,
+                 [&](float* scratch, int64_t first, int64_t last) { kernel(w, x, packed, add, out, scratch, first, last); });
+}
+
+void branch_winograd(const Convolutions& s, const Tensor& x, TensorList weights, TensorList ys) {
+  const Tensor packed = pack_weights(s, weights, s.groups * s.outputs, nullptr);
   dispatch_convolution(x.scalar_type(), [&]<class T>() {
     for (int64_t m = 0; m < s.M; ++m) {
       const std::vector<Tile> tiles = tiles_of(s.out, s.dilation[m]);
-      convolve(winograd_of(s, m, tiles), x.const_data_ptr<T>(), packed[m], false, ys[m].data_ptr<T>());
+      convolve(winograd_of(s, m, tiles), x.const_data_ptr<T>(), packed[m].const_data_ptr<float>(), false, ys[m].data_ptr<T>());
+    }
+  });
+}
+
+int64_t cluster_of_winograd(const Convolutions& s) { return chunk_of(s.outputs); }
+
+void unit_branches_winograd(const Convolutions& s, const Tensor& x, const Tensor& packed, const Blocks& blocks, c10::string_view activation,
+                            double negative_slope) {
+  std::vector<std::vector<Tile> > tiles;
+  std::vector<Winograd> branches;
+  int64_t scratch_size = 0;
+  for (int64_t m = 0; m < s.M; ++m) {
+    tiles.push_back(tiles_of(s.out, s.dilation[m]));
+    branches.push_back(winograd_of(s, m, tiles.back()));
+    branches[m].images = branches[0].images;
+    cut(branches[m], blocks.cluster);
+    scratch_size = std::max(scratch_size, branches[m].scratch_size(blocks.cluster));
+  }
+  dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
+    if constexpr (!std::is_same_v<T, double>) {
+      const auto kernel =
+          blocks.cluster == SK_PICK(lanes)() ? SK_PICK(unit_branches_tasks<T, 1, kAct>) : SK_PICK(unit_branches_tasks<T, 2, kAct>);
+      parallel_tasks(branches[0].tasks(), branches[0].plane_size(s.in, s.inputs), scratch_size,
+                     [&](float* scratch, int64_t first, int64_t last) {
+                       kernel(branches.data(), s.M, blocks, static_cast<float>(negative_slope), x.const_data_ptr<T>(),
+                              packed.const_data_ptr<float>(), scratch, first, last);
+                     });
     }
   });
 }
@@ -403,21 +516,21 @@ void branch_winograd_backward(const Convolutions& s, const Tensor& x, TensorList
         back.tap_step = 1;
         const Tensor turned = at::empty({s.branch_inputs() * s.outputs * 9}, at::kFloat);
         turn_weights(s, weights[m].const_data_ptr<T>(), turned.data_ptr<float>());
-        convolve(back, dys[m].const_data_ptr<T>(), turned, m > 0 && !s.split, dx.data_ptr<T>());
+        convolve(back, dys[m].const_data_ptr<T>(), turned.const_data_ptr<float>(), m > 0 && !s.split, dx.data_ptr<T>());
       }
       if (dweights.empty()) continue;
 
       // A quarter of a MiB of transformed inputs, since their gradients are to be kept too.
       w.span = clamp<64>(std::max<int64_t>(32, 4096 / w.inputs));
-      const int64_t chunk = chunk_of(w), chunks = w.groups * w.outputs / chunk;
+      const int64_t chunk = chunk_of(w.outputs), chunks = w.groups * w.outputs / chunk;
       // Parts of the batch are summed apart, where there are too few chunks for many threads, or many images.
       w.parts = std::clamp<int64_t>(std::max((16 + chunks - 1) / chunks, (s.B + 31) / 32), 1, s.B);
       const Tensor partial = at::empty({w.parts == 1 ? 0 : w.parts, w.groups * w.outputs * s.row()}, at::kFloat);
+      const int64_t margins = w.plane_size(w.in, w.inputs) + w.plane_size(w.out, chunk);
       const int64_t scratch_size =
-          w.plane_size(w.in, w.inputs) + w.plane_size(w.out, chunk) +
-          16 * (position_step(w.span * w.inputs) + position_step(w.span * chunk) + position_step(w.inputs * chunk));
+          margins + 16 * (position_step(w.span * w.inputs) + position_step(w.span * chunk) + position_step(w.inputs * chunk));
       const auto kernel = chunk == L ? SK_PICK(weight_gradient_tasks<T, 1>) : SK_PICK(weight_gradient_tasks<T, 2>);
-      parallel_tasks(w.parts * chunks, scratch_size, [&](float* scratch, int64_t first, int64_t last) {
+      parallel_tasks(w.parts * chunks, margins, scratch_size, [&](float* scratch, int64_t first, int64_t last) {
         kernel(w, x.const_data_ptr<T>(), dys[m].const_data_ptr<T>(), partial.data_ptr<float>(), dweights[m].data_ptr<T>(), scratch, first,
                last);
       });

@@ -1,6 +1,8 @@
 // The convolutions that make the branches: what they are, and what the two ways of computing them share.
 #pragma once
 
+#include <atomic>
+
 #include "common.h"
 #include "operators.h"
 #include "plane.h"
@@ -32,23 +34,50 @@ struct Convolutions {
 // `x` and `weights`, checked. One layout for all weights.
 Convolutions check_convolutions(const Tensor& x, TensorList weights, int64_t stride, at::IntArrayRef dilations, int64_t groups);
 
+// An output of all branches, in the layout of x.
+inline Tensor output_like(const Convolutions& s, const Tensor& x) {
+  return at::empty({s.B, s.out.C, s.out.H, s.out.W}, x.options().memory_format(layout(x)));
+}
+
 template <class F> void dispatch_convolution(at::ScalarType dtype, const F& f) {
   dispatch(dtype, [&]<class T>() {
     if constexpr (!std::is_same_v<T, double>) f.template operator()<T>();
   });
 }
 
-// f(scratch, first, last) on parts of the tasks, each part with zeroed scratch of its own.
-template <class F> void parallel_tasks(int64_t tasks, int64_t scratch_size, const F& f) {
-  at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
-    const Tensor scratch = at::zeros({scratch_size}, at::kFloat);
-    f(scratch.data_ptr<float>(), first, last);
+// A thread's share of the tasks: it takes them from the front, and whoever has finished his own takes them from the back.
+struct alignas(64) Share {
+  std::atomic<uint64_t> bounds;
+  void set(int64_t first, int64_t last) { bounds = static_cast<uint64_t>(first) << 32 | static_cast<uint64_t>(last); }
+  // A task, or -1.
+  int64_t take(bool front) {
+    for (uint64_t now = bounds;;) {
+      const uint64_t first = now >> 32, last = now & 0xffffffff;
+      if (first == last) return -1;
+      if (bounds.compare_exchange_weak(now, front ? (first + 1) << 32 | last : first << 32 | (last - 1))) return front ? first : last - 1;
+    }
+  }
+};
+
+// f(scratch, task) on every task. Each thread has scratch of its own, whose first `margins` values are 0 at first.
+template <class F> void parallel_tasks(int64_t tasks, int64_t margins, int64_t scratch_size, const F& f) {
+  const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
+  std::vector<Share> shares(threads);
+  for (int64_t i = 0; i < threads; ++i) shares[i].set(i * tasks / threads, (i + 1) * tasks / threads);
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    const Tensor scratch = at::empty({scratch_size}, at::kFloat);
+    float* const data = scratch.data_ptr<float>();
+    std::fill_n(data, margins, 0.0f);
+    for (int64_t i = first; i < last; ++i)
+      for (int64_t task; (task = shares[i].take(true)) >= 0;) f(data, task, task + 1);
+    for (auto& share : shares)
+      for (int64_t task; (task = share.take(false)) >= 0;) f(data, task, task + 1);
   });
 }
 
-// Weights of a branch, each output channel's times its scale, if one is given, and L of them side by side:
-// out[output channel / L][element of the row][L].
-template <class T> void pack_weights(const Convolutions& s, const T* weights, const float* scale, float* out);
+// Weights as the kernels read them, (M, channels * row): each output channel's times its scale (M, C), if one is given, and L
+// of them side by side: out[m][output channel / L][element of the row][L]; 0 for channels beyond C.
+Tensor pack_weights(const Convolutions& s, TensorList weights, int64_t channels, const float* scale);
 
 // Weights of a branch the other way round, for the gradient of its input: out[input channel / L][(o * 9 + k) * L], taps
 // turned by half a turn.
@@ -57,16 +86,14 @@ template <class T> void turn_weights(const Convolutions& s, const T* weights, fl
 // The sum of the parts of a weight's gradient, (groups * outputs / L, inputs * 9, L) each and `part_step` apart.
 void sum_weight_gradients(const Convolutions& s, const float* partial, int64_t part_step, int64_t parts, const Tensor& dweight);
 
-// The attention from the parts of the pooled sums, (B, P, C).
-struct Attention {
-  const Tensor& fc_reduce;
-  const std::optional<Tensor>&weight, &bias;
-  const Tensor &mean, &var;
-  double eps;
-  const Tensor& fc_select;
-  Tensor operator()(const Tensor& pooled, int64_t pixels) const {
-    return std::get<0>(attend_cpu(pooled, pixels, fc_reduce, weight, bias, mean, var, eps, "relu", 0, fc_select, std::nullopt));
-  }
+// The branches of some images in eval, in cache, as clusters of channels: z (images, clusters, M, pixels, cluster), with the
+// batch-norm applied, of which the weights have the scale, `bias` (M, clusters * cluster) the rest; and `pooled` (images,
+// clusters * cluster), the sums of their activations.
+struct Blocks {
+  int64_t clusters, cluster;
+  const float* bias;
+  float *z, *pooled;
+  int64_t channels() const { return clusters * cluster; }
 };
 
 // Where Convolutions::direct(). The gradient of x is not computed if dx is empty, those of the weights if dweights is.
@@ -74,12 +101,16 @@ void branch_direct(const Convolutions& s, const Tensor& x, TensorList weights, T
 void branch_direct_backward(const Convolutions& s, const Tensor& g, const Tensor& x, TensorList weights, TensorList ys, const Tensor& mean,
                             const Tensor& scale, const Tensor& bias, const Tensor& a, const Tensor& t, const Tensor& p, const Tensor& q,
                             c10::string_view activation, double negative_slope, const Tensor& dx, TensorList dweights);
-Tensor unit_direct(const Convolutions& s, const Tensor& x, TensorList weights, int64_t images, const Tensor& mean, const Tensor& scale,
-                   const Tensor& bias, const Attention& attention, c10::string_view activation, double negative_slope);
+int64_t cluster_of_direct(const Convolutions& s);
+void unit_branches_direct(const Convolutions& s, const Tensor& x, const Tensor& packed, const Blocks& blocks, c10::string_view activation,
+                          double negative_slope);
 
-// Where Convolutions::winograd(), with packed weights; dx and dweights likewise.
-void branch_winograd(const Convolutions& s, const Tensor& x, TensorList packed, TensorList ys);
+// Where Convolutions::winograd(); dx and dweights likewise.
+void branch_winograd(const Convolutions& s, const Tensor& x, TensorList weights, TensorList ys);
 void branch_winograd_backward(const Convolutions& s, const Tensor& x, TensorList weights, TensorList dys, const Tensor& dx,
                               TensorList dweights);
+int64_t cluster_of_winograd(const Convolutions& s);
+void unit_branches_winograd(const Convolutions& s, const Tensor& x, const Tensor& packed, const Blocks& blocks, c10::string_view activation,
+                            double negative_slope);
 
 }  // namespace sk

@@ -42,10 +42,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> squeeze_
                                                                                     c10::string_view activation, double negative_slope,
                                                                                     int64_t sums);
 
-// The first of its sums, (B, M, C), of batch-norms that are folded already.
-Tensor squeeze_normalized(TensorList ys, const Tensor& mean, const Tensor& scale, const Tensor& bias, c10::string_view activation,
-                          double negative_slope);
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_cpu(const Tensor& pooled, int64_t pixels, const Tensor& fc_reduce,
                                                               const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                                                               const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
@@ -59,10 +55,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward_cpu(
 
 Tensor select_cpu(TensorList ys, const Tensor& mean, const Tensor& scale, const Tensor& bias, const Tensor& a, c10::string_view activation,
                   double negative_slope);
-
-// The same, to where it is wanted.
-void select_out(const Tensor& out, TensorList ys, const Tensor& mean, const Tensor& scale, const Tensor& bias, const Tensor& a,
-                c10::string_view activation, double negative_slope);
 
 std::tuple<Tensor, Tensor, Tensor> select_backward_sums_cpu(const Tensor& g, TensorList ys, const Tensor& mean, const Tensor& scale,
                                                             const Tensor& bias, c10::string_view activation, double negative_slope);

@@ -119,11 +119,13 @@ template <class T, class F> static void parallel_tiles(const Branches<T>& v, con
   else at::parallel_for(0, v.B * v.C, grain(v.M * v.HW), f);
 }
 
-void select_out(const Tensor& out, TensorList ys, const Tensor& mean, const Tensor& scale, const Tensor& bias, const Tensor& a,
-                c10::string_view activation, double negative_slope) {
+Tensor select_cpu(TensorList ys, const Tensor& mean, const Tensor& scale, const Tensor& bias, const Tensor& a, c10::string_view activation,
+                  double negative_slope) {
+  check_branches(ys);
   check_normalized(ys, mean, scale, bias);
   const int64_t M = ys.size(), B = ys[0].size(0), C = ys[0].size(1);
   check_array(a, "a", mean.scalar_type(), {B, M, C});
+  Tensor out = at::empty_like(ys[0], layout(ys[0]));
   dispatch(ys[0].scalar_type(), activation, [&]<class T, Activation kAct>() {
     using A = Accumulate<T>;
     const Branches<T> v(ys, mean, scale, bias, negative_slope);
@@ -132,13 +134,6 @@ void select_out(const Tensor& out, TensorList ys, const Tensor& mean, const Tens
     const auto kernel = SK_PICK(select_range<T, kAct>);
     parallel_tiles(v, [&](int64_t first, int64_t last) { kernel(v, weights, values, first, last); });
   });
-}
-
-Tensor select_cpu(TensorList ys, const Tensor& mean, const Tensor& scale, const Tensor& bias, const Tensor& a, c10::string_view activation,
-                  double negative_slope) {
-  check_branches(ys);
-  Tensor out = at::empty_like(ys[0], layout(ys[0]));
-  select_out(out, ys, mean, scale, bias, a, activation, negative_slope);
   return out;
 }
 

@@ -170,11 +170,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor> > squeeze
   return {mean, r, scale, bias, pooled, out};
 }
 
-Tensor squeeze_normalized(TensorList ys, const Tensor& mean, const Tensor& scale, const Tensor& bias, c10::string_view activation,
-                          double negative_slope) {
-  return pooled_sums(ys, mean, scale, bias, activation, negative_slope, 1, nullptr)[0];
-}
-
 std::tuple<Tensor, Tensor, Tensor> select_backward_sums_cpu(const Tensor& g, TensorList ys, const Tensor& mean, const Tensor& scale,
                                                             const Tensor& bias, c10::string_view activation, double negative_slope) {
   check_normalized(ys, mean, scale, bias);

@@ -1,0 +1,87 @@
+// unit: the whole unit in eval, a few images at a time. Their branches are convolved into blocks that stay in cache, one cluster
+// of channels each, and are selected from there: x is read once, and the output written once.
+
+#ifdef SK_ISA
+
+#include "plane.h"
+
+// Tasks are (image, cluster, L pixels).
+template <class T, Activation kAct>
+void select_tasks(const Blocks& blocks, const Picture& out, int64_t M, float slope, const float* a, T* v, int64_t first, int64_t last) {
+  constexpr int64_t L = kLanes<float>;
+  const Act<float, kAct> act{slope};
+  const int64_t groups = (out.pixels() + L - 1) / L, in_image = groups * blocks.clusters;
+  for (int64_t task = first; task < last; ++task) {
+    const int64_t b = task / in_image, cluster = task % in_image / groups, p = task % groups * L, pixels = clamp<L>(out.pixels() - p);
+    const float* const z = blocks.z + (b * blocks.clusters + cluster) * M * out.pixels() * blocks.cluster;
+    for (int64_t k = 0; k < blocks.cluster; k += L) {
+      const int64_t c = cluster * blocks.cluster + k, lanes = clamp<L>(out.C - c);
+      if (lanes == 0) break;
+      Vec<float> total[L] = {};
+      for (int64_t m = 0; m < M; ++m) {
+        const Vec<float> weight = load_some(a + (b * M + m) * out.C + c, lanes);
+        const float* const from = z + (m * out.pixels() + p) * blocks.cluster + k;
+        for (int j = 0; j < L; ++j)
+          if (j < pixels) total[j] += weight * act(load(from + j * blocks.cluster));
+      }
+      store_pixels(v + out.offset(b, c), out, p, pixels, lanes, total);
+    }
+  }
+}
+
+#else
+
+#include "convolutions.h"
+
+#define SK_KERNELS "unit.cpp"
+#include "foreach_isa.h"
+
+namespace sk {
+
+// Of the branches in flight, for each thread: what its share of the last-level cache holds on today's servers.
+constexpr int64_t kCacheBytes = 2 << 20;
+
+Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArrayRef dilations, int64_t groups,
+                const OptionalTensors& norm_weights, const OptionalTensors& norm_biases, TensorList means, TensorList variances, double eps,
+                const Tensor& fc_reduce, const std::optional<Tensor>& attn_weight, const std::optional<Tensor>& attn_bias,
+                const Tensor& attn_mean, const Tensor& attn_var, double attn_eps, const Tensor& fc_select, c10::string_view activation,
+                double negative_slope) {
+  const Convolutions s = check_convolutions(x, weights, stride, dilations, groups);
+  const auto [mean, r, scale, bias] = fold(norm_weights, norm_biases, means, variances, eps, at::kFloat);
+  for (const auto& [name, array] : {std::pair<const char*, const Tensor&>{"mean", mean}, {"scale", scale}, {"bias", bias}})
+    check_array(array, name, at::kFloat, {s.M, s.out.C});
+  TORCH_CHECK_VALUE(fc_select.size(0) == s.M * s.out.C, "fc_select: expected ", s.M, " * ", s.out.C, " rows, got ", fc_select.size(0));
+  const int64_t most = std::clamp<int64_t>(at::get_num_threads() * kCacheBytes / (s.M * s.out.C * s.out.pixels() * 4), 1, s.B);
+  const int64_t rounds = (s.B + most - 1) / most, images = (s.B + rounds - 1) / rounds;
+
+  const int64_t cluster = s.winograd() ? cluster_of_winograd(s) : cluster_of_direct(s), clusters = (s.out.C + cluster - 1) / cluster;
+  const int64_t channels = clusters * cluster, values = s.M * channels * s.out.pixels();
+  const Tensor shift = at::constant_pad_nd(bias - mean * scale, {0, channels - s.out.C});
+  const Tensor z = at::empty({images * values}, at::kFloat), pooled = at::empty({images, 1, channels}, at::kFloat);
+  const Blocks blocks{clusters, cluster, shift.const_data_ptr<float>(), z.data_ptr<float>(), pooled.data_ptr<float>()};
+  const Tensor packed = pack_weights(s, weights, channels, scale.const_data_ptr<float>()), v = output_like(s, x);
+  for (int64_t image = 0; image < s.B; image += images) {
+    Convolutions part = s;
+    part.B = std::min(images, s.B - image);
+    const auto branches = s.winograd() ? unit_branches_winograd : unit_branches_direct;
+    branches(part, x.narrow(0, image, part.B), packed, blocks, activation, negative_slope);
+    const Tensor sums = pooled.narrow(0, 0, part.B).narrow(2, 0, s.out.C).contiguous();
+    const Tensor a = std::get<0>(attend_cpu(sums, s.out.pixels(), fc_reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, "relu",
+                                            0, fc_select, std::nullopt));
+    dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
+      if constexpr (!std::is_same_v<T, double>) {
+        const int64_t L = SK_PICK(lanes)(), tasks = part.B * ((s.out.pixels() + L - 1) / L) * clusters;
+        const auto kernel = SK_PICK(select_tasks<T, kAct>);
+        at::parallel_for(0, tasks, grain(s.M * L * cluster), [&](int64_t first, int64_t last) {
+          kernel(blocks, s.out, s.M, static_cast<float>(negative_slope), a.const_data_ptr<float>(),
+                 v.data_ptr<T>() + s.out.offset(image, 0), first, last);
+        });
+      }
+    });
+  }
+  return v;
+}
+
+}  // namespace sk
+
+#endif
