@@ -37,13 +37,17 @@ CASES = {
     "dense, small maps": (32, 144, 1, (5, 7, 7), 1, (1, 2)),
     "dense, long rows": (16, 16, 1, (1, 2, 131), 1, (2, 3)),
 }
+LARGE_MAPS = {
+    "8 a group, large map": (32, 32, 4, (4, 112, 112), 1, (1, 2)),
+    "dense, large map": (32, 32, 1, (4, 112, 112), 1, (1, 2)),
+}
 
 
 def operands(
     case: str, dtype: torch.dtype = torch.float32, layout: str = "contiguous", activation: str = "relu", images: int | None = None
 ) -> dict[str, tuple]:
     """Arguments for the three operators; of so many images, if not of as many as the case has."""
-    inputs, C, groups, (B, H, W), stride, dilations = CASES[case]
+    inputs, C, groups, (B, H, W), stride, dilations = (CASES | LARGE_MAPS)[case]
     B = images or B
     M, D = len(dilations), 8
     split = "split" in case
@@ -160,6 +164,14 @@ def test_statistics_where_the_mean_is_far_larger(case: str):
     exact = [(y.double().mean((0, 2, 3)), y.double().var((0, 2, 3), correction=0)) for y in ys]
     torch.testing.assert_close(mean.double(), torch.stack([m for m, _ in exact]), rtol=1e-6, atol=0)
     torch.testing.assert_close(var.double(), torch.stack([v for _, v in exact]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("case", LARGE_MAPS)
+def test_unit_where_the_pooled_sums_are_long(case: str):
+    arguments = [*operands(case)["unit"]]
+    # Of activations that are nearly all above 0.
+    arguments[6] = [bias + 4 for bias in arguments[6]]
+    assert_matches_pytorch("unit", tuple(arguments))
 
 
 @pytest.mark.parametrize("case", ["4 a group", "dense, split"])

@@ -134,6 +134,16 @@ SK_INLINE void convolve(const Clustered& s, int64_t m, const Plane& x, const flo
   }
 }
 
+// f(i, j) for the pixels i of a row, j the sum that is to take it: one alone would wait for every addition.
+template <class F> SK_INLINE void in_four(int64_t width, const F& f) {
+  int64_t i = 0;
+  for (; i + 4 <= width; i += 4)
+    for (int j = 0; j < 4; ++j) f(i + j, j);
+  for (int j = 0; i + j < width; ++j) f(i + j, j);
+}
+
+SK_INLINE Vec<float> sum_of(const Vec<float> (&sums)[4]) { return (sums[0] + sums[1]) + (sums[2] + sums[3]); }
+
 // Of each channel of an image, what join_moments takes; the first row's mean is the value near the mean.
 struct RowMoments {
   float *centre, *squares, *missed;
@@ -146,25 +156,25 @@ struct RowMoments {
       store(missed + k, Vec<float>{});
     }
     const Vec<float> from = load(centre + k);
-    Vec<float> deviations = {}, their_squares = {};
-    for (int64_t i = 0; i < width; ++i) {
+    Vec<float> deviations[4] = {}, their_squares[4] = {};
+    in_four(width, [&](int64_t i, int j) {
       const Vec<float> d = load(row + i * cluster) - from;
-      deviations += d;
-      their_squares += d * d;
-    }
-    store(missed + k, load(missed + k) + deviations);
-    store(squares + k, load(squares + k) + their_squares);
+      deviations[j] += d;
+      their_squares[j] += d * d;
+    });
+    store(missed + k, load(missed + k) + sum_of(deviations));
+    store(squares + k, load(squares + k) + sum_of(their_squares));
   }
 };
 
-// Adds the row's activations to `sum`.
+// Adds the row's activations to `sum` and `missed`.
 template <Activation kAct> struct RowSum {
-  float* sum;
+  float *sum, *missed;
   Act<float, kAct> act;
   SK_INLINE void add(const float* row, int64_t cluster, int64_t width, int64_t k, int64_t) const {
-    Vec<float> total = {};
-    for (int64_t i = 0; i < width; ++i) total += act(load(row + i * cluster));
-    store(sum + k, load(sum + k) + total);
+    Vec<float> total[4] = {};
+    in_four(width, [&](int64_t i, int j) { total[j] += act(load(row + i * cluster)); });
+    add_precisely(sum + k, missed + k, sum_of(total));
   }
 };
 
@@ -195,11 +205,11 @@ void unit_branches_tasks(const Clustered& s, const Blocks& blocks, float slope, 
   for (int64_t task = first; task < last; ++task) {
     const int64_t b = task / s.clusters(), c = task % s.clusters() * s.cluster, channels = s.in.C - c < s.cluster ? s.in.C - c : s.cluster;
     pack(x + s.in.offset(b, c), s.in, channels, plane);
-    float* const sum = blocks.pooled + b * s.channels() + c;
-    for (int64_t k = 0; k < s.cluster; ++k) sum[k] = 0;
+    float *const sum = blocks.pooled + b * 2 * s.channels() + c, *const missed = sum + s.channels();
+    for (int64_t k = 0; k < s.cluster; ++k) sum[k] = missed[k] = 0;
     for (int64_t m = 0; m < s.M; ++m)
       convolve(s, m, plane, weights + (m * s.channels() + c) * s.row(), blocks.bias + m * s.channels() + c,
-               blocks.z + (task * s.M + m) * s.out.pixels() * s.cluster, RowSum<kAct>{sum, {slope}});
+               blocks.z + (task * s.M + m) * s.out.pixels() * s.cluster, RowSum<kAct>{sum, missed, {slope}});
   }
 }
 

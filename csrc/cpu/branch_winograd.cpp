@@ -152,24 +152,26 @@ SK_INLINE void output_transform(const float* m, int64_t position_step, Vec<float
   }
 }
 
-// What becomes of a tile's outputs, kVecs * L channels from channel c on: they go to, or with `add` are added to, images whose
-// pixels are `step` apart.
+// What becomes of the outputs of some tiles of image b, kVecs * L channels from channel c on: they go to, or with `add` are added
+// to, images whose pixels are `step` apart.
 template <class T, int kVecs> struct ToImages {
   T* images;
   int64_t image_step, step;
   bool add;
-  SK_INLINE void operator()(const Winograd& s, int64_t b, const Tile& tile, int64_t c, const float* m, int64_t position_step) const {
+  SK_INLINE void operator()(const Winograd& s, int64_t b, const Tile* tiles, int64_t count, int64_t c, const float* m,
+                            int64_t position_step) const {
     constexpr int64_t L = kLanes<float>;
-    for (int j = 0; j < kVecs; ++j) {
-      Vec<float> y[2][2];
-      output_transform(m + j * L, position_step, y);
-      for (int row = 0; row < 2; ++row)
-        for (int column = 0; column < 2; ++column) {
-          if (!s.has(tile, row, column)) continue;
-          T* const to = images + b * image_step + s.pixel(tile, row, column) * step + c + j * L;
-          store(to, add ? load(to) + y[row][column] : y[row][column]);
-        }
-    }
+    for (int64_t t = 0; t < count; ++t)
+      for (int j = 0; j < kVecs; ++j) {
+        Vec<float> y[2][2];
+        output_transform(m + (t * kVecs + j) * L, position_step, y);
+        for (int row = 0; row < 2; ++row)
+          for (int column = 0; column < 2; ++column) {
+            if (!s.has(tiles[t], row, column)) continue;
+            T* const to = images + b * image_step + s.pixel(tiles[t], row, column) * step + c + j * L;
+            store(to, add ? load(to) + y[row][column] : y[row][column]);
+          }
+      }
   }
 };
 
@@ -178,29 +180,32 @@ template <int kVecs, Activation kAct> struct ToBlocks {
   Act<float, kAct> act;
   const float* bias;
   float *z, *pooled;
-  int64_t image_step, block_step, pooled_step;
-  SK_INLINE void operator()(const Winograd& s, int64_t b, const Tile& tile, int64_t c, const float* m, int64_t position_step) const {
+  int64_t image_step, block_step, channels;
+  SK_INLINE void operator()(const Winograd& s, int64_t b, const Tile* tiles, int64_t count, int64_t c, const float* m,
+                            int64_t position_step) const {
     constexpr int64_t L = kLanes<float>;
     float* const block = z + b * image_step + c / (kVecs * L) * block_step;
     for (int j = 0; j < kVecs; ++j) {
-      Vec<float> y[2][2];
-      output_transform(m + j * L, position_step, y);
       const Vec<float> shift = load(bias + c + j * L);
-      float* const sum = pooled + b * pooled_step + c + j * L;
       Vec<float> total = {};
-      for (int row = 0; row < 2; ++row)
-        for (int column = 0; column < 2; ++column) {
-          if (!s.has(tile, row, column)) continue;
-          const Vec<float> value = y[row][column] + shift;
-          store(block + (s.pixel(tile, row, column) * kVecs + j) * L, value);
-          total += act(value);
-        }
-      store(sum, load(sum) + total);
+      for (int64_t t = 0; t < count; ++t) {
+        Vec<float> y[2][2];
+        output_transform(m + (t * kVecs + j) * L, position_step, y);
+        for (int row = 0; row < 2; ++row)
+          for (int column = 0; column < 2; ++column) {
+            if (!s.has(tiles[t], row, column)) continue;
+            const Vec<float> value = y[row][column] + shift;
+            store(block + (s.pixel(tiles[t], row, column) * kVecs + j) * L, value);
+            total += act(value);
+          }
+      }
+      float* const sum = pooled + b * 2 * channels + c + j * L;
+      add_precisely(sum, sum + channels, total);
     }
   }
 };
 
-// Output channels `begin` to `end` of a group, of some images: each tile's products go to to(s, image, tile, channel, ...).
+// Output channels `begin` to `end` of a group, of some images: the products of an image's tiles go to to(s, image, tiles, channel, ...).
 template <int kVecs, class T, class To>
 SK_INLINE void convolve(const Winograd& s, const T* x, const float* packed, int64_t image, int64_t images, int64_t group, int64_t begin,
                         int64_t end, float* scratch, const To& to) {
@@ -230,8 +235,11 @@ SK_INLINE void convolve(const Winograd& s, const T* x, const float* packed, int6
           for (int64_t t = from; t < until; t += kRows)
             multiply<kRows, kVecs>(v + position * v_step + t * s.inputs, u + position * u_step, s.inputs,
                                    m + position * m_step + (t - from) * kChunk);
-        for (int64_t t = from; t < until; ++t)
-          to(s, (start + t) / s.tiles, s.tile[(start + t) % s.tiles], c, m + (t - from) * kChunk, m_step);
+        for (int64_t t = from, end; t < until; t = end) {
+          const int64_t in_task = (start + t) / s.tiles, rest = (in_task + 1) * s.tiles - start;
+          end = until < rest ? until : rest;
+          to(s, in_task, s.tile + (start + t) % s.tiles, end - t, c, m + (t - from) * kChunk, m_step);
+        }
       }
     }
   }
@@ -272,8 +280,8 @@ void unit_branches_tasks(const Winograd* branches, int64_t M, const Blocks& bloc
   for (int64_t task = first; task < last; ++task) {
     const auto [image, images, group, begin, end] = branches[0].task(task, kChunk);
     const int64_t channel = group * branches[0].outputs, block_step = M * branches[0].out.pixels() * kChunk;
-    float* const pooled = blocks.pooled + image * channels + channel;
-    for (int64_t i = 0; i < images; ++i)
+    float* const pooled = blocks.pooled + image * 2 * channels + channel;
+    for (int64_t i = 0; i < 2 * images; ++i)
       for (int64_t c = begin; c < end; ++c) pooled[i * channels + c] = 0;
     for (int64_t m = 0; m < M; ++m) {
       float* const z = blocks.z + (image * blocks.clusters + channel / kChunk) * block_step + m * branches[0].out.pixels() * kChunk;

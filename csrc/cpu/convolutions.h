@@ -88,7 +88,7 @@ void sum_weight_gradients(const Convolutions& s, const float* partial, int64_t p
 
 // The branches of some images in eval, in cache, as clusters of channels: z (images, clusters, M, pixels, cluster), with the
 // batch-norm applied, of which the weights have the scale, `bias` (M, clusters * cluster) the rest; and `pooled` (images,
-// clusters * cluster), the sums of their activations.
+// 2, clusters * cluster), the sums of their activations, and what these have missed by rounding.
 struct Blocks {
   int64_t clusters, cluster;
   const float* bias;

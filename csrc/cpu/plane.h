@@ -52,6 +52,14 @@ struct Walk {
 
 SK_INLINE Vec<float> load_some(const float* p, int64_t n) { return n < kLanes<float> ? load(p, n) : load(p); }
 
+// Adds to a sum, and to `missed` what the addition rounds away (Knuth's two-sum): over a large image that would be more than
+// PyTorch's pairwise sum loses.
+SK_INLINE void add_precisely(float* sum, float* missed, Vec<float> value) {
+  const Vec<float> before = load(sum), after = before + value, added = after - before;
+  store(sum, after);
+  store(missed, load(missed) + ((before - (after - added)) + (value - added)));
+}
+
 // At most L pixels of at most L channels, a vector each: from and to the channels at `image`, pixel p and on.
 template <class T>
 SK_INLINE void load_pixels(const T* image, const Picture& s, int64_t p, int64_t pixels, int64_t channels, Vec<float> (&v)[kLanes<float>]) {

@@ -57,7 +57,7 @@ Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArra
   const int64_t cluster = s.winograd() ? cluster_of_winograd(s) : cluster_of_direct(s), clusters = (s.out.C + cluster - 1) / cluster;
   const int64_t channels = clusters * cluster, values = s.M * channels * s.out.pixels();
   const Tensor shift = at::constant_pad_nd(bias - mean * scale, {0, channels - s.out.C});
-  const Tensor z = at::empty({images * values}, at::kFloat), pooled = at::empty({images, 1, channels}, at::kFloat);
+  const Tensor z = at::empty({images * values}, at::kFloat), pooled = at::empty({images, 2, channels}, at::kFloat);
   const Blocks blocks{clusters, cluster, shift.const_data_ptr<float>(), z.data_ptr<float>(), pooled.data_ptr<float>()};
   const Tensor packed = pack_weights(s, weights, channels, scale.const_data_ptr<float>()), v = output_like(s, x);
   for (int64_t image = 0; image < s.B; image += images) {
