@@ -107,8 +107,13 @@ def assert_parity(
         for results, (unit, unit_dtype, context, layout) in zip(steps, runs):
             unit_x = x.to(unit_dtype) if layout is None else x.to(dtype=unit_dtype, memory_format=layout)
             results.append(step(unit, unit_x, None if g is None else g.to(unit_dtype), context()))
-    pooled = [{name: torch.cat([result[name].flatten() for result in results]) for name in results[0]} for results in steps]
-    assert_all_within(pooled[0], worse(*pooled[1:]), pooled[-1])
+    ours_pooled, *theirs_pooled, right = (pooled(results) for results in steps)
+    assert_all_within(ours_pooled, worse(*theirs_pooled, right), right)
+
+
+def pooled(steps: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What all the steps gave, one after the other."""
+    return {name: torch.cat([result[name].flatten() for result in steps]) for name in steps[0]}
 
 
 def worse(contiguous: Mapping[str, Tensor], channels_last: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ import timm.layers  # noqa: E402
 
 import sk_fused  # noqa: E402
 
-from .parity import assert_all_within, freeze, pair, step  # noqa: E402
+from .parity import assert_all_within, freeze, pair, pooled, step  # noqa: E402
 
 RANKS = 2
 # The two roads: convolutions of PyTorch's and of the package's own.
@@ -36,9 +36,14 @@ def part(tensor: Tensor, sizes: tuple[int, ...], rank: int) -> Tensor:
     return tensor.split(sizes)[rank]
 
 
-def data(batch: int, channels: int = 16) -> tuple[Tensor, Tensor]:
-    torch.manual_seed(batch)
+def data(batch: int, channels: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(batch + 1000 * seed)
     return torch.randn(batch, channels, 7, 6), torch.randn(batch, channels, 7, 6)
+
+
+def several(batch: int) -> list[tuple[Tensor, Tensor]]:
+    """Batches of as many steps, to be pooled: the error of one is one draw of chance."""
+    return [data(batch, seed=seed) for seed in range(4)]
 
 
 def scenarios(rank: int) -> dict[str, dict]:
@@ -58,10 +63,9 @@ def scenarios(rank: int) -> dict[str, dict]:
                         sk_fused.fuse(unit)
                     else:
                         unit = convert(ours)
-                    x, g = (part(tensor, sizes, rank) for tensor in data(sum(sizes)))
                     with Collectives() as collectives:
-                        result = step(unit, x, g, torch.enable_grad())
-                    results[f"sync {name} {converter} {order} {batch}"] = {"collectives": collectives.names, "why_not": unit.why_not(), **result}
+                        steps = [step(unit, *(part(tensor, sizes, rank) for tensor in both), torch.enable_grad()) for both in several(sum(sizes))]
+                    results[f"sync {name} {converter} {order} {batch}"] = {"collectives": collectives.names, "why_not": unit.why_not(), "steps": steps}
         x, g = (part(tensor, SIZES["unequal"], rank) for tensor in data(7))
         compiled = CONVERTERS["timm"](pair(**arguments)[0])
         compiled.compile(fullgraph=True)
@@ -179,11 +183,19 @@ def test_data_parallel(name: str, mode: str, ranks: list[dict[str, dict]]):
 def test_synchronised_batch_norms(name: str, converter: str, order: str, batch: str, ranks: list[dict[str, dict]]):
     """Fused, with timm's results on the joined batch, and two collectives forward and two backward: for the branches together,
     and for the attention, whose input depends on the branches' statistics."""
-    results = [dict(rank[f"sync {name} {converter} {order} {batch}"]) for rank in ranks]
+    results = [rank[f"sync {name} {converter} {order} {batch}"] for rank in ranks]
+    steps = several(sum(SIZES[batch]))
     for result in results:
-        assert result.pop("why_not") is None
-        assert result.pop("collectives") == ["all_gather_into_tensor"] * 2 + ["all_reduce"] * 2
-    assert_all_within(joined(results), *single(pair(**UNITS[name])[1], *data(sum(SIZES[batch]))))
+        assert result["why_not"] is None
+        assert result["collectives"] == (["all_gather_into_tensor"] * 2 + ["all_reduce"] * 2) * len(steps)
+    unit = pair(**UNITS[name])[1]
+    exact = copy.deepcopy(unit).double()
+    sk_fused.fuse(unit)
+    assert_all_within(
+        pooled([joined([*both]) for both in zip(*(result["steps"] for result in results))]),
+        pooled([step(unit, x, g, torch.enable_grad()) for x, g in steps]),
+        pooled([step(exact, x.double(), g.double(), torch.enable_grad()) for x, g in steps]),
+    )
 
 
 @pytest.mark.parametrize("name", UNITS)
