@@ -188,7 +188,7 @@ class FusedSimCLRSelectiveKernel(Family):
         norms, act = _halves(_batch_norm(bn)), _activation(act)
         ours = select.bias is None and type(attn_act) is nn.ReLU
         if ours and functional.why_not_convolved(x, weights, stride, [1, 1], 1) is None:
-            v = functional.convolved_selective_kernel(x, weights, stride, [1, 1], 1, norms, *attention, *act)
+            v = functional.convolved(x, weights, stride, [1, 1], 1, norms, *attention, *act)
         else:
             ys = [F.conv2d(x, weight, None, stride, 1) for weight in weights]
             v = functional.selective_kernel(ys, norms, *attention, *act, *_activation(attn_act), select.bias)

@@ -133,12 +133,17 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
 
 
-def single(unit: nn.Module, x: Tensor, g: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What the unit gives in one process, fused, and what timm's gives in float64. That one process is as exact as timm's is
-    for tests/test_parity.py."""
+def alone(unit: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """What the unit gives in one process, fused, and what timm's gives in float64, step by step. That one process is as exact
+    as timm's is for tests/test_parity.py."""
     exact = copy.deepcopy(unit).double()
     sk_fused.fuse(unit)
-    return step(unit, x, g, torch.enable_grad()), step(exact, x.double(), g.double(), torch.enable_grad())
+    return [(step(unit, x, g, torch.enable_grad()), step(exact, x.double(), g.double(), torch.enable_grad())) for x, g in batches]
+
+
+def single(unit: nn.Module, x: Tensor, g: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The only step of `alone`."""
+    return alone(unit, [(x, g)])[0]
 
 
 def joined(results: list[dict[str, Tensor]], factor: float = 1.0) -> dict[str, Tensor]:
@@ -188,14 +193,9 @@ def test_synchronised_batch_norms(name: str, converter: str, order: str, batch: 
     for result in results:
         assert result["why_not"] is None
         assert result["collectives"] == (["all_gather_into_tensor"] * 2 + ["all_reduce"] * 2) * len(steps)
-    unit = pair(**UNITS[name])[1]
-    exact = copy.deepcopy(unit).double()
-    sk_fused.fuse(unit)
-    assert_all_within(
-        pooled([joined([*both]) for both in zip(*(result["steps"] for result in results))]),
-        pooled([step(unit, x, g, torch.enable_grad()) for x, g in steps]),
-        pooled([step(exact, x.double(), g.double(), torch.enable_grad()) for x, g in steps]),
-    )
+    ours = [joined([*both]) for both in zip(*(result["steps"] for result in results))]
+    theirs, exact = zip(*alone(pair(**UNITS[name])[1], steps))
+    assert_all_within(pooled(ours), pooled(theirs), pooled(exact))
 
 
 @pytest.mark.parametrize("name", UNITS)

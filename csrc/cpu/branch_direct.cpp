@@ -1,5 +1,5 @@
 // branch: direct grouped 3 x 3 convolutions, 4, 8, 16 or 32 channels a group, of one input: the branches with their batch
-// statistics, their backward, and the whole unit in eval.
+// statistics, their backward, and the branches of the unit in eval (unit.cpp).
 //
 // A task is an image's share of one cluster of channels: whole groups that fill whole vectors. It goes into a plane in L2
 // cache, pixel by pixel, with channels as lanes; all branches are convolved from there, and the results go back into the
@@ -197,7 +197,7 @@ void branch_tasks(const Clustered& s, const T* x, const float* weights, T* const
   }
 }
 
-// The same of the unit, into blocks.
+// The same tasks for the unit, into blocks.
 template <class T, Activation kAct>
 void unit_branches_tasks(const Clustered& s, const Blocks& blocks, float slope, const T* x, const float* weights, float* scratch,
                          int64_t first, int64_t last) {

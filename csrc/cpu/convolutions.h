@@ -59,7 +59,7 @@ struct alignas(64) Share {
   }
 };
 
-// f(scratch, task) on every task. Each thread has scratch of its own, whose first `margins` values are 0 at first.
+// f(scratch, first, last) on every task, one after the other. Each thread has scratch of its own, whose first `margins` values are 0 at first.
 template <class F> void parallel_tasks(int64_t tasks, int64_t margins, int64_t scratch_size, const F& f) {
   const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
   std::vector<Share> shares(threads);
