@@ -33,7 +33,8 @@ $(VENV)/peers: $(VENV)/installed benchmarks/requirements.txt
 bench-all: setup $(VENV)/peers
 	$(BIN)/python -m benchmarks.models
 	$(BIN)/python -m benchmarks.models --tax
-	$(BIN)/python -m benchmarks.models --tax --batch 1
+	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.serving --batch 1
 	$(BIN)/python -m benchmarks.parity
 	$(BIN)/python -m benchmarks.digits
 	$(BIN)/python -m benchmarks.units

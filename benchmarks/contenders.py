@@ -70,6 +70,19 @@ def fused_compiled(module: nn.Module, x: Tensor) -> Call:
     return compiled()(fused(module, x), x)
 
 
+def frozen(module: nn.Module, x: Tensor) -> Call:
+    """Compiled for serving: the parameters become constants, and what depends on them alone is computed once. Dynamo looks at the
+    global setting only; the option keeps the code apart from that of a module that was compiled without."""
+    call = compiled(options={"freezing": True})(module, x)
+    with torch.inference_mode(), torch._inductor.config.patch(freezing=True):
+        call(x)
+    return call
+
+
+def fused_frozen(module: nn.Module, x: Tensor) -> Call:
+    return frozen(fused(module, x), x)
+
+
 def forced(backend: str) -> Callable[[nn.Module, Tensor], Call]:
     def prepare(module: nn.Module, x: Tensor) -> Call:
         fused(module, x)
@@ -114,18 +127,23 @@ CONTENDERS: dict[str, Contender] = {
     "timm": Contender(eager),
     "timm:compile": Contender(compiled()),
     "timm:max-autotune": Contender(compiled(mode="max-autotune-no-cudagraphs")),
-    "timm:freezing": Contender(compiled(options={"freezing": True}), modes=("eval",)),
+    "timm:freezing": Contender(frozen, modes=("eval",)),
     "onnxruntime": Contender(onnx_runtime, modes=("eval",), layouts=("contiguous",), own_threads=True),
     "openvino": Contender(open_vino, modes=("eval",), layouts=("contiguous",), own_threads=True),
     "sk_fused": Contender(fused, OURS),
     # A compiler takes other convolutions, so that what it makes of ours is held to what is asked of peers.
     "sk_fused:compile": Contender(fused_compiled),
+    "sk_fused:freezing": Contender(fused_frozen, modes=("eval",)),
     **{f"sk_fused:{name}": Contender(forced(name), OURS) for name in BACKENDS},
     "convolutions": Contender(lambda module, x: Convolutions(module), None),
 }
 
 # What a network is compared with beside the contenders: its twin without SK units.
-TWINS: dict[str, Contender] = {"plain": Contender(eager, None), "plain:compile": Contender(compiled(), None)}
+TWINS: dict[str, Contender] = {
+    "plain": Contender(eager, None),
+    "plain:compile": Contender(compiled(), None),
+    "plain:freezing": Contender(frozen, None, modes=("eval",)),
+}
 
 
 class Settings(NamedTuple):

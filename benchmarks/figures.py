@@ -19,6 +19,7 @@ STYLE: dict[str, tuple[str, str]] = {
     "openvino": ("#c6dbef", "xxx"),
     "sk_fused": ("#e6550d", ""),
     "sk_fused:compile": ("#fdae6b", "///"),
+    "sk_fused:freezing": ("#fdd0a2", "..."),
     "plain": ("#3182bd", ""),
     "convolutions": ("#ffffff", "..."),
     # Of one contender, the quantities.

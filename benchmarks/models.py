@@ -3,8 +3,8 @@ twins, on photographs, in eval and in a training step (forward and backward), ea
 logits and of the gradients is checked first, against timm in float64; a network that fails it gets no figures.
 
 --tax runs all five networks, eager and compiled, for the SK tax: how many times as long a network takes as its twin, which
-has almost the same multiplications; and beside ONNX Runtime and OpenVINO in eval. What is compiled is in channels_last, the
-faster layout for a compiler. Kept apart, in tax.json."""
+has almost the same multiplications. What is compiled is in channels_last, the faster layout for a compiler. Kept apart, in
+tax.json."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from .harness import MODES, PAIR, Benchmark
 
 import timm  # noqa: E402
 
-SIDES = ("timm", "sk_fused", "timm:compile", "sk_fused:compile", "plain", "plain:compile", "onnxruntime", "openvino")
+SIDES = ("timm", "sk_fused", "timm:compile", "sk_fused:compile", "plain", "plain:compile")
 MAIN = ("skresnet18", "skresnet34", "skresnext50_32x4d")
 
 # The SK tax that timm's own result files show, eval: (images/s of the twin) ÷ (images/s of the network). From
@@ -71,7 +71,7 @@ def rows(arguments: Namespace) -> Iterator[dict]:
     x = photographs(arguments.batch).to(arguments.device)
     g = torch.randn(arguments.batch, 1000, generator=torch.Generator().manual_seed(0)).to(arguments.device) / arguments.batch
     # The attention's batch-norm cannot be trained on one image.
-    modes = [mode for mode in MODES if mode == "eval" or arguments.batch > 1]
+    modes = [mode for mode in arguments.modes if mode == "eval" or arguments.batch > 1]
     for name in harness.progress(arguments.models, "networks"):
         model, twin = (build(each).to(arguments.device) for each in (name, NETWORKS[name]))
         row = {"model": name, "parameters": sum(p.numel() for p in model.parameters())}
@@ -79,7 +79,7 @@ def rows(arguments: Namespace) -> Iterator[dict]:
             reference = exact(model, x, g, mode, settings)
             ours, theirs = ({side: _in_layout(known[side], side) for side in arguments.contenders if side in known} for known in (CONTENDERS, TWINS))
             runs = entries(ours, model, x, g, mode, settings) | entries(theirs, twin, x, g, mode, settings)
-            row[mode] = harness.race(runs, reference, arguments.seconds, arguments.device, against=("timm", "plain", "plain:compile"))
+            row[mode] = harness.race(runs, reference, arguments.seconds, arguments.device, against=arguments.contenders)
             if harness.parity_failed(row[mode]):
                 break
         else:
@@ -90,7 +90,7 @@ def rows(arguments: Namespace) -> Iterator[dict]:
 
 def _in_layout(contender: Contender, side: str) -> Contender:
     """Compiling a network takes minutes, so it is done in one layout."""
-    return contender._replace(layouts=("channels_last",)) if side.endswith(":compile") else contender
+    return contender._replace(layouts=("channels_last",)) if side.endswith((":compile", ":freezing")) else contender
 
 
 def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
@@ -117,11 +117,11 @@ def _tax(row: dict, mode: str, side: str) -> str:
     return f"{ratio[1]:.2f}" if ratio else "–"
 
 
-def _ms(figures: dict) -> str:
+def milliseconds(figures: dict) -> str:
     return f"{figures['median_ms']:.0f}" if "median_ms" in figures else "–"
 
 
-CHOICES = ("timm:compile", "onnxruntime", "openvino", "sk_fused", "sk_fused:compile")
+CHOICES = ("timm:compile", "sk_fused", "sk_fused:compile")
 # What a compiled network is compared with is compiled.
 TWIN_OF = {"timm:compile": "plain:compile", "sk_fused:compile": "plain:compile"}
 
@@ -145,7 +145,7 @@ def tax_table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     header += [f"{side}, ms" for side in CHOICES]
     published = [[f"{PUBLISHED[row['model']]:.2f}", "–"] for row in rows]
     return header, [
-        [row["model"], title, *(_tax(row, mode, side) for side in SIDES[:4]), known, *(_ms(row[mode].get(side, {})) for side in CHOICES)]
+        [row["model"], title, *(_tax(row, mode, side) for side in SIDES[:4]), known, *(milliseconds(row[mode].get(side, {})) for side in CHOICES)]
         for row, values in zip(rows, published)
         for (mode, title), known in zip(MODES.items(), values)
         if mode in row
@@ -173,7 +173,7 @@ def options(parser: ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", choices=NETWORKS, default=list(MAIN), help="timm's names")
     parser.add_argument("--contenders", nargs="+", choices=SIDES, default=["timm", "sk_fused", "plain"], help="who takes part (of %(choices)s; default: %(default)s); plain is the twin", metavar="SIDE")
     parser.add_argument("--tax", action="store_true", help="all five networks and all contenders, unless others are named; writes tax.json")
-    parser.set_defaults(seconds=30.0)
+    parser.set_defaults(seconds=30.0, modes=list(MODES))
 
 
 QUICK = {"models": ["skresnet18"], "seconds": 5.0}

@@ -5,21 +5,24 @@ import json
 import re
 from pathlib import Path
 
-from . import check, cold_start, digits, harness, memory, models, overhead, parity, passes, scaling, units
+from . import check, cold_start, digits, harness, memory, models, overhead, parity, passes, scaling, serving, units
 from .harness import REPOSITORY, ROOT, Benchmark
 
 README = REPOSITORY / "README.md"
 BENCHMARKS: tuple[Benchmark, ...] = (
     models.BENCHMARK,
     models.TAX,
-    *(script.BENCHMARK for script in (parity, digits, units, passes, memory, scaling, overhead, cold_start, check)),
+    *(script.BENCHMARK for script in (serving, parity, digits, units, passes, memory, scaling, overhead, cold_start, check)),
 )
 
 
 def results(benchmark: Benchmark, folder: Path) -> list[Path]:
     """The benchmark's results of a device: the usual one, then those of other batches and precisions; quick runs are not reported."""
-    name = re.compile(rf"{benchmark.name}(-batch-\d+)?(-({'|'.join(harness.PRECISIONS)}))?")
-    return sorted((path for path in folder.glob("*.json") if name.fullmatch(path.stem)), key=lambda path: path.stem)
+    return sorted((path for path in folder.glob("*.json") if _is_result(path, benchmark)), key=lambda path: path.stem)
+
+
+def _is_result(path: Path, benchmark: Benchmark) -> bool:
+    return re.fullmatch(rf"{benchmark.name}(-batch-\d+)?(-({'|'.join(harness.PRECISIONS)}))?", path.stem) is not None
 
 
 def markdown(benchmark: Benchmark, path: Path, beside: Path) -> str:
@@ -69,12 +72,12 @@ def readme(text: str) -> str:
     """The README's text with its tables brought up to the results."""
 
     def table(match: re.Match) -> str:
-        benchmark = next(benchmark for benchmark in BENCHMARKS if benchmark.name == match["name"])
-        path = ROOT / "results" / match["device"] / f"{benchmark.name}.json"
+        path = ROOT / "results" / match["device"] / f"{match['name']}.json"
+        benchmark = next(benchmark for benchmark in BENCHMARKS if _is_result(path, benchmark))
         text = markdown(benchmark, path, REPOSITORY) if path.exists() else "Not measured yet."
         return f"{match['mark']}\n{text}\n{match['end']}"
 
-    return re.sub(r"(?P<mark><!-- (?P<name>\w+) (?P<device>[\w-]+) -->)\n.*?(?P<end><!-- end -->)", table, text, flags=re.DOTALL)
+    return re.sub(r"(?P<mark><!-- (?P<name>[\w-]+) (?P<device>[\w-]+) -->)\n.*?(?P<end><!-- end -->)", table, text, flags=re.DOTALL)
 
 
 def stale(path: Path) -> list[str]:

@@ -11,7 +11,7 @@ from benchmarks import harness, machine
 harness.let_timm_import()
 
 import timm  # noqa: E402
-from benchmarks import cases, check, contenders, digits, gpu, instructions, memory, models, overhead, parity, passes, report, scaling, units  # noqa: E402
+from benchmarks import cases, check, contenders, digits, gpu, instructions, memory, models, overhead, parity, passes, report, scaling, serving, units  # noqa: E402
 from benchmarks.harness import OURS, Entry, Step  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -204,6 +204,30 @@ def test_one_image_has_no_training_step(tmp_path: Path):
     assert cells[4] == "–" and "→ " in cells[6] and cells[7] == "– → –"
     models.tax_figure({**json.loads(path.read_text()), "rows": [row]}, tmp_path / "tax.png")
     assert models.tax_table([row])[1][0][:2] == ["skresnet18", "eval"]
+
+
+@pytest.mark.parametrize("side", ["timm:freezing", "sk_fused:freezing"])
+def test_frozen_is_frozen(side: str):
+    """The parameters are constants: Dynamo does not learn so from the options of torch.compile."""
+    unit, x = cases.Case(dict(in_channels=8), 6).unit().eval(), torch.randn(2, 8, 6, 6)
+    call = contenders.CONTENDERS[side].prepare(unit, x)
+    with torch.inference_mode():
+        before = call(x).clone()
+    with torch.no_grad():
+        unit.paths[0].conv.weight.zero_()
+    with torch.inference_mode():
+        assert torch.equal(call(x), before)
+
+
+def test_serving_table_takes_the_fastest_peer():
+    def side(ms: float, **ratios: float) -> dict:
+        return {"median_ms": ms, "ratio": {other: [0.9 * ratio, ratio, 1.1 * ratio] for other, ratio in ratios.items()}}
+
+    peers = {"timm:compile": side(20.0), "timm:freezing": side(10.0, **{"plain:freezing": 1.25}), "openvino": {"error": "no such peer", "ratio": {}}}
+    ratios = {"timm:compile": 0.4, "timm:freezing": 0.8, "plain:freezing": 1.0}
+    row = {"model": "skresnet18", "eval": {**peers, "sk_fused:compile": side(9.0), "sk_fused:freezing": side(8.0, **ratios)}}
+    (cells,) = serving.table([row])[1]
+    assert cells == ["skresnet18", "20", "10", "–", "–", "9", "8", "0.80 (0.72–0.88), timm:freezing", "1.25 → 1.00"]
 
 
 def test_passes_of_every_kernel(tmp_path: Path):

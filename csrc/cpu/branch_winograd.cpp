@@ -55,15 +55,30 @@ SK_INLINE void transform_gradients(const float* pixel, int64_t row_step, int64_t
   }
 }
 
-// G g G^T for L output channels, packed side by side, to u[position][inputs][step].
-void transform_weights(const float* packed, int64_t inputs, int64_t channel_step, int64_t tap_step, float* u, int64_t step,
-                       int64_t position_step) {
+// The weights of L output channels side by side: out[element of the row][L]. A row has a multiple of L elements.
+template <class T> void transpose_rows(const T* rows, int64_t row, float* out) {
+  constexpr int64_t L = kLanes<float>;
+  for (int64_t k = 0; k < row; k += L) {
+    Vec<float> v[L];
+    for (int64_t i = 0; i < L; ++i) {
+      // More streams than the processor foresees by itself.
+      __builtin_prefetch(rows + i * row + k + 8 * L);
+      v[i] = load(rows + i * row + k);
+    }
+    transpose(v);
+    for (int64_t i = 0; i < L; ++i) store(out + (k + i) * L, v[i]);
+  }
+}
+
+// G g G^T for L output channels, side by side and multiplied by `scale`, to u[position][inputs][step].
+void transform_weights(const float* weights, Vec<float> scale, int64_t inputs, int64_t channel_step, int64_t tap_step, float* u,
+                       int64_t step, int64_t position_step) {
   constexpr int64_t L = kLanes<float>;
   for (int64_t i = 0; i < inputs; ++i) {
     Vec<float> g[4][3];
     for (int kx = 0; kx < 3; ++kx) {
-      const float* const w = packed + (i * channel_step + kx * tap_step) * L;
-      const Vec<float> g0 = load(w), g1 = load(w + 3 * tap_step * L), g2 = load(w + 6 * tap_step * L);
+      const float* const w = weights + (i * channel_step + kx * tap_step) * L;
+      const Vec<float> g0 = scale * load(w), g1 = scale * load(w + 3 * tap_step * L), g2 = scale * load(w + 6 * tap_step * L);
       g[0][kx] = g0;
       g[1][kx] = 0.5f * (g0 + g1 + g2);
       g[2][kx] = 0.5f * (g0 - g1 + g2);
@@ -137,6 +152,7 @@ SK_INLINE void multiply_transposed(const float* v, const float* d, int64_t tiles
 
 // Rows of a product, and of a transposed one: as many sums as there are registers for, and the latter divide 16 inputs.
 constexpr int kRows = SK_VECTOR_BYTES == 64 ? 8 : 6, kTransposedRows = SK_VECTOR_BYTES == 64 ? 8 : 4;
+inline int64_t rows_of_product() { return kRows; }
 
 // A^T m A: 2 x 2 outputs of L channels.
 SK_INLINE void output_transform(const float* m, int64_t position_step, Vec<float> (&y)[2][2]) {
@@ -158,19 +174,17 @@ template <class T, int kVecs> struct ToImages {
   T* images;
   int64_t image_step, step;
   bool add;
-  SK_INLINE void operator()(const Winograd& s, int64_t b, const Tile* tiles, int64_t count, int64_t c, const float* m,
-                            int64_t position_step) const {
+  SK_INLINE void operator()(int64_t b, const Tile* tiles, int64_t count, int64_t c, const float* m, int64_t position_step) const {
     constexpr int64_t L = kLanes<float>;
     for (int64_t t = 0; t < count; ++t)
       for (int j = 0; j < kVecs; ++j) {
         Vec<float> y[2][2];
         output_transform(m + (t * kVecs + j) * L, position_step, y);
-        for (int row = 0; row < 2; ++row)
-          for (int column = 0; column < 2; ++column) {
-            if (!s.has(tiles[t], row, column)) continue;
-            T* const to = images + b * image_step + s.pixel(tiles[t], row, column) * step + c + j * L;
-            store(to, add ? load(to) + y[row][column] : y[row][column]);
-          }
+        for (int i = 0; i < 4; ++i) {
+          if (tiles[t].pixel[i] < 0) continue;
+          T* const to = images + b * image_step + tiles[t].pixel[i] * step + c + j * L;
+          store(to, add ? load(to) + y[i / 2][i % 2] : y[i / 2][i % 2]);
+        }
       }
   }
 };
@@ -181,8 +195,7 @@ template <int kVecs, Activation kAct> struct ToBlocks {
   const float* bias;
   float *z, *pooled;
   int64_t image_step, block_step, channels;
-  SK_INLINE void operator()(const Winograd& s, int64_t b, const Tile* tiles, int64_t count, int64_t c, const float* m,
-                            int64_t position_step) const {
+  SK_INLINE void operator()(int64_t b, const Tile* tiles, int64_t count, int64_t c, const float* m, int64_t position_step) const {
     constexpr int64_t L = kLanes<float>;
     float* const block = z + b * image_step + c / (kVecs * L) * block_step;
     for (int j = 0; j < kVecs; ++j) {
@@ -191,13 +204,12 @@ template <int kVecs, Activation kAct> struct ToBlocks {
       for (int64_t t = 0; t < count; ++t) {
         Vec<float> y[2][2];
         output_transform(m + (t * kVecs + j) * L, position_step, y);
-        for (int row = 0; row < 2; ++row)
-          for (int column = 0; column < 2; ++column) {
-            if (!s.has(tiles[t], row, column)) continue;
-            const Vec<float> value = y[row][column] + shift;
-            store(block + (s.pixel(tiles[t], row, column) * kVecs + j) * L, value);
-            total += act(value);
-          }
+        for (int i = 0; i < 4; ++i) {
+          if (tiles[t].pixel[i] < 0) continue;
+          const Vec<float> value = y[i / 2][i % 2] + shift;
+          store(block + (tiles[t].pixel[i] * kVecs + j) * L, value);
+          total += act(value);
+        }
       }
       float* const sum = pooled + b * 2 * channels + c + j * L;
       add_precisely(sum, sum + channels, total);
@@ -205,10 +217,10 @@ template <int kVecs, Activation kAct> struct ToBlocks {
   }
 };
 
-// Output channels `begin` to `end` of a group, of some images: the products of an image's tiles go to to(s, image, tiles, channel, ...).
+// Output channels `begin` to `end` of a group, of some images: the products of an image's tiles go to to(image, tiles, channel, ...).
 template <int kVecs, class T, class To>
-SK_INLINE void convolve(const Winograd& s, const T* x, const float* packed, int64_t image, int64_t images, int64_t group, int64_t begin,
-                        int64_t end, float* scratch, const To& to) {
+SK_INLINE void convolve(const Winograd& s, const T* x, const WeightRows<T>& weights, int64_t image, int64_t images, int64_t group,
+                        int64_t begin, int64_t end, float* scratch, const To& to) {
   constexpr int64_t L = kLanes<float>, kChunk = kVecs * L;
   const Plane plane = s.plane(scratch, s.in, s.inputs);
   const int64_t v_step = position_step(s.span * s.inputs), u_step = position_step(s.inputs * kChunk),
@@ -216,6 +228,9 @@ SK_INLINE void convolve(const Winograd& s, const T* x, const float* packed, int6
   float* const v = scratch + s.plane_size(s.in, s.inputs);
   float* const u = v + 16 * v_step;
   float* const m = u + 16 * u_step;
+  float* const side_by_side = m + 16 * m_step;
+  // Whose transformed weights u has.
+  int64_t transformed = -1;
   for (int64_t start = 0; start < tiles; start += s.span) {
     const int64_t count = tiles - start < s.span ? tiles - start : s.span;
     for (int64_t t = 0; t < count; ++t) {
@@ -226,9 +241,14 @@ SK_INLINE void convolve(const Winograd& s, const T* x, const float* packed, int6
       transform_inputs(pixel, s.dilation * plane.columns * s.inputs, s.dilation * s.inputs, s.inputs, v + t * s.inputs, v_step);
     }
     for (int64_t c = begin; c < end; c += kChunk) {
-      for (int j = 0; j < kVecs; ++j)
-        transform_weights(packed + (group * s.outputs + c + j * L) * s.inputs * 9, s.inputs, s.channel_step, s.tap_step, u + j * L, kChunk,
-                          u_step);
+      for (int64_t j = 0, row = s.inputs * 9; j < kVecs && transformed != c; ++j) {
+        const int64_t channel = group * s.outputs + c + j * L;
+        if (weights.rows) transpose_rows(weights.rows + channel * row, row, side_by_side);
+        transform_weights(weights.rows ? side_by_side : weights.packed + channel * row,
+                          weights.scale ? load(weights.scale + channel) : splat(1.0f), s.inputs, s.channel_step, s.tap_step, u + j * L,
+                          kChunk, u_step);
+      }
+      transformed = c;
       for (int64_t from = 0; from < count; from += kTilesOfProduct) {
         const int64_t until = from + kTilesOfProduct < count ? from + kTilesOfProduct : count;
         for (int64_t position = 0; position < 16; ++position)
@@ -238,7 +258,7 @@ SK_INLINE void convolve(const Winograd& s, const T* x, const float* packed, int6
         for (int64_t t = from, end; t < until; t = end) {
           const int64_t in_task = (start + t) / s.tiles, rest = (in_task + 1) * s.tiles - start;
           end = until < rest ? until : rest;
-          to(s, in_task, s.tile + (start + t) % s.tiles, end - t, c, m + (t - from) * kChunk, m_step);
+          to(in_task, s.tile + (start + t) % s.tiles, end - t, c, m + (t - from) * kChunk, m_step);
         }
       }
     }
@@ -247,7 +267,8 @@ SK_INLINE void convolve(const Winograd& s, const T* x, const float* packed, int6
 
 // Tasks are (some images, group, part of its output channels).
 template <class T, int kVecs>
-void convolve_tasks(const Winograd& s, const T* x, const float* packed, bool add, T* out, float* scratch, int64_t first, int64_t last) {
+void convolve_tasks(const Winograd& s, const T* x, const WeightRows<T>& weights, bool add, T* out, float* scratch, int64_t first,
+                    int64_t last) {
   constexpr int64_t kChunk = kVecs * kLanes<float>;
   // channels_last outputs go where they belong at once.
   float* const picture = s.out.channels_last ? nullptr : scratch + s.scratch_size(kChunk);
@@ -256,7 +277,7 @@ void convolve_tasks(const Winograd& s, const T* x, const float* packed, bool add
     const int64_t channels = end - begin, group_channel = group * s.outputs + s.first_output;
     if (!picture) {
       T* const to = out + s.out.offset(image, group_channel);
-      convolve<kVecs>(s, x, packed, image, images, group, begin, end, scratch,
+      convolve<kVecs>(s, x, weights, image, images, group, begin, end, scratch,
                       ToImages<T, kVecs>{to, s.out.C * s.out.pixels(), s.out.C, add});
       continue;
     }
@@ -264,7 +285,7 @@ void convolve_tasks(const Winograd& s, const T* x, const float* packed, bool add
     for (int64_t i = 0; add && i < images; ++i)
       pack(to + s.out.offset(i, 0), s.out, channels,
            Plane{picture + i * s.out.pixels() * channels, s.out.W, 0, 1, s.out.H, s.out.W, channels});
-    convolve<kVecs>(s, x, packed, image, images, group, begin, end, scratch,
+    convolve<kVecs>(s, x, weights, image, images, group, begin, end, scratch,
                     ToImages<float, kVecs>{picture - begin, s.out.pixels() * channels, channels, add});
     for (int64_t i = 0; i < images; ++i)
       unpack(picture + i * s.out.pixels() * channels, channels, to + s.out.offset(i, 0), s.out, channels);
@@ -273,7 +294,7 @@ void convolve_tasks(const Winograd& s, const T* x, const float* packed, bool add
 
 // The same tasks of all branches, into blocks.
 template <class T, int kVecs, Activation kAct>
-void unit_branches_tasks(const Winograd* branches, int64_t M, const Blocks& blocks, float slope, const T* x, const float* packed,
+void unit_branches_tasks(const Winograd* branches, const WeightRows<T>* weights, int64_t M, const Blocks& blocks, float slope, const T* x,
                          float* scratch, int64_t first, int64_t last) {
   constexpr int64_t kChunk = kVecs * kLanes<float>;
   const int64_t channels = blocks.channels();
@@ -285,7 +306,7 @@ void unit_branches_tasks(const Winograd* branches, int64_t M, const Blocks& bloc
       for (int64_t c = begin; c < end; ++c) pooled[i * channels + c] = 0;
     for (int64_t m = 0; m < M; ++m) {
       float* const z = blocks.z + (image * blocks.clusters + channel / kChunk) * block_step + m * branches[0].out.pixels() * kChunk;
-      convolve<kVecs>(branches[m], x, packed + m * channels * branches[m].inputs * 9, image, images, group, begin, end, scratch,
+      convolve<kVecs>(branches[m], x, weights[m], image, images, group, begin, end, scratch,
                       ToBlocks<kVecs, kAct>{
                           {slope}, blocks.bias + m * channels + channel, z, pooled, blocks.clusters * block_step, block_step, channels});
     }
@@ -347,9 +368,9 @@ void weight_gradient_tasks(const Winograd& s, const T* x, const T* dy, float* pa
 
 namespace sk {
 
-// The first pixel of a tile's 2 x 2 outputs.
+// The first pixel of a tile's 2 x 2 outputs; and which of the picture's pixels they are, -1 beyond its edges.
 struct Tile {
-  int32_t row, column;
+  int32_t row, column, pixel[4];
 };
 
 // Tiles that are multiplied by some output channels' weights before these outputs are made: a multiple of kRows. Of the last
@@ -358,6 +379,13 @@ constexpr int64_t kTilesOfProduct = 48;
 
 // From a position's values to the next one's: a power of two would bring all 16 into the same few lines of a cache.
 inline int64_t position_step(int64_t values) { return values + 16; }
+
+// The weights of one convolution, as PyTorch has them, an output channel's `rows` after the other's; or else packed as
+// turn_weights does. Each channel's are multiplied by its `scale`, if there is one.
+template <class T> struct WeightRows {
+  const T* rows;
+  const float *packed, *scale;
+};
 
 // One convolution of stride 1, and how it is cut into tasks.
 struct Winograd {
@@ -378,18 +406,11 @@ struct Winograd {
     return {data + halo * plane_columns(p) * channels, plane_columns(p), halo, 1, p.H, p.W, channels};
   }
 
-  // The 2 x 2 outputs of a tile, where the picture has them.
-  bool has(const Tile& t, int64_t row, int64_t column) const {
-    return t.row + row * dilation < out.H && t.column + column * dilation < out.W;
-  }
-  int64_t pixel(const Tile& t, int64_t row, int64_t column) const {
-    return (t.row + row * dilation) * out.W + t.column + column * dilation;
-  }
-
-  // A plane, and the transformed inputs, weights and outputs of `chunk` channels.
+  // A plane; the transformed inputs, weights and outputs of `chunk` channels; and such weights before.
   int64_t scratch_size(int64_t chunk) const {
     return plane_size(in, inputs) +
-           16 * (position_step(span * inputs) + position_step(inputs * chunk) + position_step(kTilesOfProduct * chunk));
+           16 * (position_step(span * inputs) + position_step(inputs * chunk) + position_step(kTilesOfProduct * chunk)) +
+           inputs * 9 * chunk;
   }
 
   struct Task {
@@ -415,13 +436,27 @@ static std::vector<Tile> tiles_of(const Picture& p, int64_t dilation) {
   for (int64_t first_row = 0; first_row < std::min(dilation, p.H); ++first_row)
     for (int64_t first_column = 0; first_column < std::min(dilation, p.W); ++first_column)
       for (int64_t row = first_row; row < p.H; row += 2 * dilation)
-        for (int64_t column = first_column; column < p.W; column += 2 * dilation)
-          tiles.push_back({static_cast<int32_t>(row), static_cast<int32_t>(column)});
+        for (int64_t column = first_column; column < p.W; column += 2 * dilation) {
+          Tile& tile = tiles.emplace_back(Tile{static_cast<int32_t>(row), static_cast<int32_t>(column), {}});
+          for (int i = 0; i < 4; ++i) {
+            const int64_t y = row + i / 2 * dilation, x = column + i % 2 * dilation;
+            tile.pixel[i] = y < p.H && x < p.W ? static_cast<int32_t>(y * p.W + x) : -1;
+          }
+        }
   return tiles;
 }
 
 // The transform of weights is worth it for this many tiles: images are taken together until they have them.
 constexpr int64_t kTilesOfWeights = 128;
+
+// Channels of outputs that are multiplied at a time: two vectors where they fill them.
+static int64_t chunk_of(int64_t outputs) { return outputs % (2 * SK_PICK(lanes)()) == 0 ? 2 * SK_PICK(lanes)() : SK_PICK(lanes)(); }
+
+// Tiles whose transformed inputs are kept at a time: half a MiB of them, unless that is too few to transform weights for. Where
+// the transformed weights of a whole group are kept, they serve all tiles, and those of one product stay in first-level cache.
+static int64_t span_of(const Winograd& w) {
+  return w.outputs == chunk_of(w.outputs) ? SK_PICK(rows_of_product)() : std::max<int64_t>(kTilesOfWeights, 8192 / w.inputs);
+}
 
 static Winograd winograd_of(const Convolutions& s, int64_t m, const std::vector<Tile>& tiles) {
   Winograd w{.in = s.in,
@@ -437,15 +472,11 @@ static Winograd winograd_of(const Convolutions& s, int64_t m, const std::vector<
   w.tile = tiles.data();
   w.tiles = tiles.size();
   w.images = std::clamp<int64_t>((kTilesOfWeights + w.tiles - 1) / w.tiles, 1, w.B);
-  // Half a MiB of transformed inputs, unless that is too few tiles.
-  w.span = std::max<int64_t>(kTilesOfWeights, 8192 / w.inputs);
+  w.span = span_of(w);
   w.channel_step = s.channel_step;
   w.tap_step = s.tap_step;
   return w;
 }
-
-// Channels of outputs that are multiplied at a time: two vectors where they fill them.
-static int64_t chunk_of(int64_t outputs) { return outputs % (2 * SK_PICK(lanes)()) == 0 ? 2 * SK_PICK(lanes)() : SK_PICK(lanes)(); }
 
 // As many tasks for each thread, if there are several; if there are few, a task has only some of the output channels, though
 // each of these parts transforms the inputs anew.
@@ -460,30 +491,30 @@ static void cut(Winograd& w, int64_t chunk) {
   w.span = std::min(w.span, w.images * w.tiles);
 }
 
-template <class T> static void convolve(Winograd w, const T* x, const float* packed, bool add, T* out) {
+template <class T> static void convolve(Winograd w, const T* x, const WeightRows<T>& weights, bool add, T* out) {
   const int64_t chunk = chunk_of(w.outputs);
   cut(w, chunk);
   const int64_t most_channels = (w.outputs / chunk + w.parts - 1) / w.parts * chunk;
   const int64_t picture = w.out.channels_last ? 0 : w.images * w.out.pixels() * most_channels;
   const auto kernel = chunk == SK_PICK(lanes)() ? SK_PICK(convolve_tasks<T, 1>) : SK_PICK(convolve_tasks<T, 2>);
   parallel_tasks(w.tasks(), w.plane_size(w.in, w.inputs), w.scratch_size(chunk) + picture,
-                 [&](float* scratch, int64_t first, int64_t last) { kernel(w, x, packed, add, out, scratch, first, last); });
+                 [&](float* scratch, int64_t first, int64_t last) { kernel(w, x, weights, add, out, scratch, first, last); });
 }
 
 void branch_winograd(const Convolutions& s, const Tensor& x, TensorList weights, TensorList ys) {
-  const Tensor packed = pack_weights(s, weights, s.groups * s.outputs, nullptr);
   dispatch_convolution(x.scalar_type(), [&]<class T>() {
     for (int64_t m = 0; m < s.M; ++m) {
       const std::vector<Tile> tiles = tiles_of(s.out, s.dilation[m]);
-      convolve(winograd_of(s, m, tiles), x.const_data_ptr<T>(), packed[m].const_data_ptr<float>(), false, ys[m].data_ptr<T>());
+      const WeightRows<T> rows{weights[m].const_data_ptr<T>(), nullptr, nullptr};
+      convolve(winograd_of(s, m, tiles), x.const_data_ptr<T>(), rows, false, ys[m].data_ptr<T>());
     }
   });
 }
 
 int64_t cluster_of_winograd(const Convolutions& s) { return chunk_of(s.outputs); }
 
-void unit_branches_winograd(const Convolutions& s, const Tensor& x, const Tensor& packed, const Blocks& blocks, c10::string_view activation,
-                            double negative_slope) {
+void unit_branches_winograd(const Convolutions& s, const Tensor& x, TensorList weights, const float* scale, const Blocks& blocks,
+                            c10::string_view activation, double negative_slope) {
   std::vector<std::vector<Tile> > tiles;
   std::vector<Winograd> branches;
   int64_t scratch_size = 0;
@@ -496,12 +527,14 @@ void unit_branches_winograd(const Convolutions& s, const Tensor& x, const Tensor
   }
   dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
     if constexpr (!std::is_same_v<T, double>) {
+      std::vector<WeightRows<T> > rows;
+      for (int64_t m = 0; m < s.M; ++m) rows.push_back({weights[m].const_data_ptr<T>(), nullptr, scale + m * s.out.C});
       const auto kernel =
           blocks.cluster == SK_PICK(lanes)() ? SK_PICK(unit_branches_tasks<T, 1, kAct>) : SK_PICK(unit_branches_tasks<T, 2, kAct>);
       parallel_tasks(branches[0].tasks(), branches[0].plane_size(s.in, s.inputs), scratch_size,
                      [&](float* scratch, int64_t first, int64_t last) {
-                       kernel(branches.data(), s.M, blocks, static_cast<float>(negative_slope), x.const_data_ptr<T>(),
-                              packed.const_data_ptr<float>(), scratch, first, last);
+                       kernel(branches.data(), rows.data(), s.M, blocks, static_cast<float>(negative_slope), x.const_data_ptr<T>(), scratch,
+                              first, last);
                      });
     }
   });
@@ -519,12 +552,13 @@ void branch_winograd_backward(const Convolutions& s, const Tensor& x, TensorList
         std::swap(back.in, back.out);
         std::swap(back.inputs, back.outputs);
         std::swap(back.first_input, back.first_output);
-        back.span = std::max<int64_t>(kTilesOfWeights, 8192 / back.inputs);
+        back.span = span_of(back);
         back.channel_step = 9;
         back.tap_step = 1;
         const Tensor turned = at::empty({s.branch_inputs() * s.outputs * 9}, at::kFloat);
         turn_weights(s, weights[m].const_data_ptr<T>(), turned.data_ptr<float>());
-        convolve(back, dys[m].const_data_ptr<T>(), turned.const_data_ptr<float>(), m > 0 && !s.split, dx.data_ptr<T>());
+        const WeightRows<T> packed{nullptr, turned.const_data_ptr<float>(), nullptr};
+        convolve(back, dys[m].const_data_ptr<T>(), packed, m > 0 && !s.split, dx.data_ptr<T>());
       }
       if (dweights.empty()) continue;
 

@@ -110,7 +110,7 @@ void branch_winograd(const Convolutions& s, const Tensor& x, TensorList weights,
 void branch_winograd_backward(const Convolutions& s, const Tensor& x, TensorList weights, TensorList dys, const Tensor& dx,
                               TensorList dweights);
 int64_t cluster_of_winograd(const Convolutions& s);
-void unit_branches_winograd(const Convolutions& s, const Tensor& x, const Tensor& packed, const Blocks& blocks, c10::string_view activation,
-                            double negative_slope);
+void unit_branches_winograd(const Convolutions& s, const Tensor& x, TensorList weights, const float* scale, const Blocks& blocks,
+                            c10::string_view activation, double negative_slope);
 
 }  // namespace sk

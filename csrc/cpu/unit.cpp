@@ -59,12 +59,13 @@ Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArra
   const Tensor shift = at::constant_pad_nd(bias - mean * scale, {0, channels - s.out.C});
   const Tensor z = at::empty({images * values}, at::kFloat), pooled = at::empty({images, 2, channels}, at::kFloat);
   const Blocks blocks{clusters, cluster, shift.const_data_ptr<float>(), z.data_ptr<float>(), pooled.data_ptr<float>()};
-  const Tensor packed = pack_weights(s, weights, channels, scale.const_data_ptr<float>()), v = output_like(s, x);
+  const Tensor packed = s.winograd() ? Tensor() : pack_weights(s, weights, channels, scale.const_data_ptr<float>()), v = output_like(s, x);
   for (int64_t image = 0; image < s.B; image += images) {
     Convolutions part = s;
     part.B = std::min(images, s.B - image);
-    const auto branches = s.winograd() ? unit_branches_winograd : unit_branches_direct;
-    branches(part, x.narrow(0, image, part.B), packed, blocks, activation, negative_slope);
+    const Tensor of_part = x.narrow(0, image, part.B);
+    if (s.winograd()) unit_branches_winograd(part, of_part, weights, scale.const_data_ptr<float>(), blocks, activation, negative_slope);
+    else unit_branches_direct(part, of_part, packed, blocks, activation, negative_slope);
     const Tensor sums = pooled.narrow(0, 0, part.B).narrow(2, 0, s.out.C).contiguous();
     const Tensor a = std::get<0>(attend_cpu(sums, s.out.pixels(), fc_reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, "relu",
                                             0, fc_select, std::nullopt));
