@@ -42,7 +42,7 @@ def figure(result: dict, path: Path) -> None:
         "%.0f",
     )
     axes.set_ylabel("images per second", fontsize=8.5)
-    figures.finish(page, "Serving (higher is better)", harness.source(result), path, axes)
+    figures.finish(page, "Serving a network: images per second (higher is better)", harness.source(result), path, axes)
 
 
 def options(parser: ArgumentParser) -> None:
