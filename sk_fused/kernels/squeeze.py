@@ -196,13 +196,13 @@ def pooled_parts(y: Tensor, sums: int) -> int:
 
 
 def _row_block(y: Tensor, M: int) -> dict[str, int | bool]:
-    """How contiguous rows are cut. Of each branch a thread has 4 vectors in flight, fewer of more than two branches, for which
-    there would be no registers. A tile is as long as a row, as far as few lengths allow it: those of maps of 7 × 7, 14 × 14,
+    """How contiguous rows are cut. Of each branch a thread has 4 vectors in flight, fewer of more than two branches, and of float64,
+    for which there would be no registers. A tile is as long as a row, as far as few lengths allow it: those of maps of 7 × 7, 14 × 14,
     28 × 28 and 56 × 56 in half precision, and what is between."""
     B, C, H, W = y.shape
     vector = row_vector(y, y.numel())
     straddles = H * W % vector != 0
-    tile = max(THREADS, 8 * THREADS // max(2, power_of_two(M)))
+    tile = max(THREADS, 32 * THREADS // max(2, power_of_two(M)) // accumulate_dtype(y.dtype).itemsize)
     longest = (H * W + 2 * vector - 2) // vector if straddles else H * W // vector
     vectors = next(length for length in (8, 32, 128, tile) if length >= min(longest, tile))
     return {"VECTOR": vector, "STRADDLES": straddles, "ROWS": tile // vectors, "VECTORS": vectors}
