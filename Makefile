@@ -17,7 +17,12 @@ $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(wildcard csrc/*.* csr
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
-test: setup
+# The oldest triton that the kernels are for, beside the pinned one: what it compiles of them is tested too.
+$(VENV)/oldest: $(VENV)/installed
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ triton==3.6.0
+	touch $@
+
+test: setup $(VENV)/oldest
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 bench: setup

@@ -1,5 +1,7 @@
 """The Triton backend: its tests, which need Triton's interpreter, in a process that has it; and what it says where it cannot run."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +11,9 @@ from sk_fused.backends import BACKENDS, native, native_on_cuda, triton
 from .test_operators import run_python
 
 GPU = torch.device("cuda", 0)
+
+# Where `make test` installs the oldest triton that the kernels are for.
+OLDEST = Path(__file__).parent.parent / ".venv/oldest"
 
 
 class Branch:
@@ -66,6 +71,18 @@ def test_version_of_triton(version: str, reason: str | None, monkeypatch: pytest
     monkeypatch.setattr("triton.__version__", version)
     found = triton._why_not_import.__wrapped__()
     assert found is None if reason is None else reason in found
+
+
+@pytest.mark.skipif(not OLDEST.exists(), reason="only `make test` installs the oldest triton, beside the pinned one")
+def test_kernels_compile_with_the_oldest_triton():
+    """All kernels in their usual configurations, without a spill and to the instructions meant. Its interpreter is not run: that of 3.6
+    needs an older numpy."""
+    said = run_python("-c", "import triton; print(triton.__version__)", PYTHONPATH=str(OLDEST))
+    assert said.stdout.strip() == "3.6.0", said.stderr
+    tests = ("tests/test_triton_compile.py", "tests/test_triton_branch.py", "-k", "without_spills and 80 or to_the_instructions and 90")
+    run = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, PYTHONPATH=str(OLDEST))
+    assert run.returncode == 0, run.stdout
+    assert "2 passed" in run.stdout
 
 
 def test_without_triton():
