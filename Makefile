@@ -14,7 +14,7 @@ $(VENV)/installed: requirements.txt
 	touch $@
 
 $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	PATH="$(CURDIR)/$(BIN):$$PATH" SK_FUSED_WERROR=1 $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 # The oldest triton that the kernels are for, beside the pinned one: what it compiles of them is tested too.

@@ -167,3 +167,18 @@ def test_nothing_is_measured_without_a_device_or_with_one_road():
     timer = Timer()
     assert choose(timer, device=None) == "slow"
     assert choose(timer, slow=1.0) == "slow" and timer.calls == 0
+
+
+def test_a_road_without_memory_is_not_taken_and_nothing_kept(cache: Path):
+    def fails() -> float:
+        raise torch.OutOfMemoryError("for a test")
+
+    def choose(roads: dict) -> str:
+        return choice.choose(CASE, roads, "own", DEVICE, Timer())
+
+    roads = {"library": fails, "own": lambda: 2.0, "twice": lambda: 1.0}
+    assert choose(roads) == "twice" and not cache.exists()
+    # It is known in this process.
+    assert choose({**roads, "own": fails}) == "twice"
+    another_process()
+    assert choose(dict.fromkeys(roads, fails)) == "own" and not cache.exists()

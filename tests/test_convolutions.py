@@ -97,6 +97,13 @@ def test_convolutions_match_pytorch(case: str, dtype: torch.dtype, layout: str):
         assert_matches_pytorch(name, operands(case, dtype, layout)[name])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", (torch.bfloat16,), ids=str)
+def test_units_of_many_images_match_pytorch(dtype: torch.dtype, layout: str):
+    """More than 64 for each block that a device may hold: what a grid takes at a time, elsewhere."""
+    assert_matches_pytorch("unit", operands("dense, whole", dtype, layout, images=70)["unit"])
+
+
 @pytest.mark.parametrize("case", ["4 a group", "dense, split"])
 def test_gradients_that_are_not_needed_are_not_computed(case: str):
     *arguments, _ = operands(case)["branch_backward"]

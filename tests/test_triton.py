@@ -1,5 +1,6 @@
 """The Triton backend: its tests, which need Triton's interpreter, in a process that has it; and what it says where it cannot run."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,17 @@ class Branch:
     device, dtype, shape = GPU, torch.float32, (2, 3, 4, 5)
 
 
+@pytest.fixture(autouse=True)
+def capability(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Of the GPU; it is another one after a call."""
+
+    def has(major: int, minor: int) -> None:
+        monkeypatch.setattr(triton, "_capability", lambda device: (major, minor))
+
+    has(9, 0)
+    return has
+
+
 def branch(**changes) -> Branch:
     instance = Branch()
     vars(instance).update(changes)
@@ -42,12 +54,14 @@ def test_operators_are_those_of_the_native_backend():
         assert ours == theirs
 
 
-def test_why_not():
+def test_why_not(capability: Callable[[int, int], None]):
     assert triton.why_not([branch()] * 8) is None
     assert triton.why_not([branch(device=torch.device("cpu"))]) == "the Triton kernels run on a GPU, the branches are on cpu"
     assert "the branches are torch.int32" in triton.why_not([branch(dtype=torch.int32)])
     assert "at most 8 branches, got 9" in triton.why_not([branch()] * 9)
     assert "the batch is empty" in triton.why_not([branch(shape=(0, 3, 4, 5))])
+    capability(7, 5)
+    assert triton.why_not([branch()]) == "the Triton kernels are for compute capability 8.0 and up, cuda:0 has 7.5"
 
 
 def test_a_gpu_is_triton_s(monkeypatch: pytest.MonkeyPatch):

@@ -53,6 +53,8 @@ MANY = [(torch.bfloat16, "channels_last", 1), (torch.bfloat16, "contiguous", 4),
 
 # Rows of whole vectors, and not; images, channels and pixels that are many and few; a size that no vector divides.
 SHAPES = [(256, 64, 56, 56), (256, 512, 7, 7), (256, 128, 28, 28), (256, 256, 14, 14), (8, 64, 56, 56), (64, 16, 9, 8), (1, 3, 5, 7), (1, 10, 30, 30)]
+# Also with batch-norms that have neither weight nor bias.
+PLAIN = Call()
 USUAL = [Call(layout=layout, shape=shape) for layout in LAYOUTS for shape in SHAPES[:2]]
 AXES = [
     *USUAL,
@@ -110,6 +112,8 @@ def launch(call: Call) -> None:
     squeeze.branch_statistics(ys)
     for sums in (1, 3):
         squeeze.squeeze(ys, vectors, vectors, vectors, vectors, 1e-5, *act, sums)
+    if call == PLAIN:
+        squeeze.squeeze(ys, [None] * M, [None] * M, vectors, vectors, 1e-5, *act, 1)
     select.select(ys, *numbers, weights, *act)
     squeeze.select_backward_sums(g, ys, *numbers, *act)
     select.select_backward(g, ys, *numbers, weights, t, array(M, C), array(M, C), *act)

@@ -25,7 +25,7 @@ constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kAllLanes = 0xffffffff;
 
-// How many vectors of V values a thread has under way at a time, where there are as many.
+// How many vectors of V values a thread has under way at a time, where there are as many and it does not say otherwise.
 template <int V> constexpr int kAtOnce = V == 8 ? 2 : 4;
 
 #ifdef __CUDACC__
@@ -33,6 +33,11 @@ template <int V> constexpr int kAtOnce = V == 8 ? 2 : 4;
 template <class A> __device__ __forceinline__ A* shared_memory() {
   extern __shared__ __align__(16) unsigned char memory[];
   return reinterpret_cast<A*>(memory);
+}
+
+// 16 bytes of device memory in one store: of an assignment the compiler makes four where its registers are not neighbours.
+__device__ __forceinline__ void store_vector(void* p, const uint4& x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
 // Of a cooperative launch.
@@ -68,9 +73,11 @@ template <int V, class T> struct Packed {
     if constexpr (V == 1) {
       values[0] = *p;
     } else {
-      const uint4 bytes = *reinterpret_cast<const uint4*>(p);
+      uint4 bytes[sizeof(values) / 16];
       static_assert(sizeof(values) == sizeof(bytes));
-      memcpy(values, &bytes, sizeof(bytes));
+#pragma unroll
+      for (size_t i = 0; i < sizeof(values) / 16; ++i) bytes[i] = reinterpret_cast<const uint4*>(p)[i];
+      memcpy(values, bytes, sizeof(bytes));
     }
   }
   __device__ __forceinline__ Accumulate<T> operator[](int i) const { return widen(values[i]); }
@@ -92,7 +99,7 @@ template <int V, class T> __device__ __forceinline__ void store(T* p, const Accu
     for (int i = 0; i < V; ++i) narrow(x[i], values[i]);
     uint4 bytes;
     memcpy(&bytes, values, sizeof(bytes));
-    *reinterpret_cast<uint4*>(p) = bytes;
+    store_vector(p, bytes);
   }
 }
 
@@ -112,6 +119,12 @@ template <class A, int kWidth> struct Constant {
   __device__ __forceinline__ Constant(const A* p) {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) x[i] = p[i];
+  }
+  // p is a multiple of 16 bytes, if there are several.
+  static __device__ __forceinline__ Constant in_memory(const A* p) {
+    A x[kWidth];
+    load(p, x);
+    return x;
   }
   __device__ __forceinline__ A operator[](int i) const { return x[kWidth == 1 ? 0 : i]; }
 };
@@ -225,14 +238,15 @@ template <bool kChannelsLast, int V> struct Place {
     inside = c < ys.C && images > 0;
   }
 
-  // tile.run<width, count>(offset, step) for all of this thread's values in image `image`: `count` vectors of `width`, `step` apart.
-  // Vectors of a contiguous row begin at its first multiple of 16 bytes, as an address of `like` tells; null: there are none.
-  template <class T, class Tile>
+  // tile.run<width, count>(offset, step) for all of this thread's values in image `image`: `count` vectors of `width`, `step` apart,
+  // kMost of them as long as there are so many. Vectors of a contiguous row begin at its first multiple of 16 bytes, as an address of
+  // `like` tells; null: there are none.
+  template <int kMost = kAtOnce<V>, class T, class Tile>
   __device__ __forceinline__ void walk(const Geometry& s, const Branches& ys, int64_t image, const T* like, Tile& tile) const {
     if constexpr (kChannelsLast) {
       int64_t p = start + lane;
-      for (; p + (kAtOnce<V> - 1) * s.rows < end; p += kAtOnce<V> * s.rows)
-        tile.template run<V, kAtOnce<V>>((image * ys.HW + p) * ys.C + c, s.rows * ys.C);
+      for (; p + (kMost - 1) * s.rows < end; p += kMost * s.rows)
+        tile.template run<V, kMost>((image * ys.HW + p) * ys.C + c, s.rows * ys.C);
       for (; p < end; p += s.rows) tile.template run<V, 1>((image * ys.HW + p) * ys.C + c, 0);
     } else {
       const int64_t first = (image * ys.C + c) * ys.HW + start, pixels = end - start;
@@ -241,8 +255,8 @@ template <bool kChannelsLast, int V> struct Place {
       if (head > pixels) head = pixels;
       const int64_t vectors = (pixels - head) / V, step = static_cast<int64_t>(s.lanes) * V;
       int64_t i = lane;
-      for (; i + (kAtOnce<V> - 1) * s.lanes < vectors; i += kAtOnce<V> * s.lanes)
-        tile.template run<V, kAtOnce<V>>(first + head + i * V, step);
+      for (; i + (kMost - 1) * s.lanes < vectors; i += kMost * s.lanes)
+        tile.template run<V, kMost>(first + head + i * V, step);
       for (; i < vectors; i += s.lanes) tile.template run<V, 1>(first + head + i * V, 0);
       // What lies before the vectors and after them.
       for (i = lane; i < pixels - vectors * V; i += s.lanes) tile.template run<1, 1>(first + (i < head ? i : i + vectors * V), 0);
@@ -267,42 +281,86 @@ inline void check(cudaError_t error, const char* kernel, const std::string& wher
 // What a block may have of shared memory without asking for more.
 constexpr size_t kSharedByDefault = 48 * 1024;
 
-// How many blocks of this kernel the device holds at a time.
+inline int attribute_of_device(cudaDeviceAttr which, const char* kernel, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), kernel, ", asking for attribute " + std::to_string(which) + " of the device");
+  return value;
+}
+
+// Lets blocks of this kernel have as much shared memory as the device allows: once, and never less, since a launch of another size may be
+// under way in another thread, or in a graph.
+template <auto kernel> void allow_shared(const char* name, size_t shared, int device) {
+  static std::atomic<bool> allowed[64];
+  if (shared <= kSharedByDefault || (device < 64 && allowed[device].load(std::memory_order_relaxed))) return;
+  const int most = attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin, name, device);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name,
+        ", asking for " + std::to_string(most) + " bytes of shared memory");
+  if (device < 64) allowed[device].store(true, std::memory_order_relaxed);
+}
+
+// How many blocks of this kernel the current device, which is this one, holds at a time.
 template <auto kernel> int resident_blocks(const char* name, size_t shared, int device) {
   // For each device, of the latest launch.
   static std::atomic<uint64_t> known[64];
   const uint64_t latest = device < 64 ? known[device].load(std::memory_order_relaxed) : 0;
   if (latest >> 32 == shared && latest != 0) return static_cast<int>(latest & 0xffffffff);
-  int processors = 0, per_processor = 0;
-  if (shared > kSharedByDefault)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name,
-          ", asking for " + std::to_string(shared) + " bytes of shared memory");
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), name, ", counting multiprocessors");
+  allow_shared<kernel>(name, shared, device);
+  int per_processor = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, shared), name, ", counting resident blocks");
-  const int blocks = processors * per_processor;
+  const int blocks = attribute_of_device(cudaDevAttrMultiProcessorCount, name, device) * per_processor;
   if (device < 64) known[device].store(uint64_t{shared} << 32 | static_cast<uint64_t>(blocks), std::memory_order_relaxed);
   return blocks;
 }
 
-// Whether all blocks wait for each other; how many at a time do, so that they run together.
+// A cluster of so many blocks.
+inline cudaLaunchAttribute in_clusters_of(int blocks) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(blocks);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  return attribute;
+}
+
+// Whether the current device, which is this one, has room for such a cluster: a small one, or a part of a large one, may not.
+template <auto kernel> bool holds_cluster(const char* name, int cluster, size_t shared, int device) {
+  // For each device, of the latest question: the cluster, the shared memory, and one more than the answer.
+  static std::atomic<uint64_t> known[64];
+  const uint64_t question = static_cast<uint64_t>(cluster) << 48 | uint64_t{shared} << 2;
+  const uint64_t latest = device < 64 ? known[device].load(std::memory_order_relaxed) : 0;
+  if (latest != 0 && (latest & ~uint64_t{3}) == question) return (latest & 3) == 2;
+  allow_shared<kernel>(name, shared, device);
+  cudaLaunchAttribute attribute = in_clusters_of(cluster);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(cluster));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  // A device that cannot have such a cluster at all says so by an error, which is an answer.
+  const bool holds = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0;
+  if (!holds) cudaGetLastError();
+  if (device < 64) known[device].store(question | (holds ? 2 : 1), std::memory_order_relaxed);
+  return holds;
+}
+
+// Whether all blocks wait for each other; or how many blocks a cluster has, which wait for each other: 0, there are none.
 struct Together {
   bool cooperative = false;
-  int cluster = 1;
+  int cluster = 0;
 };
 
-// Blocks for `items`, which a kernel takes in turns of gridDim.x; if all wait for each other, no more than the device holds; a cluster's
-// kernel has a block for every item.
+// Blocks for `items`, which a kernel takes in turns of gridDim.x; if all wait for each other, no more than the device holds; a kernel
+// of clusters, be they of one block, has a block for every item.
 template <auto kernel, class Parameters>
 void launch(const char* name, const std::string& shape, int64_t items, Together together, size_t shared, Queue queue,
             const Parameters& parameters) {
   check(cudaSetDevice(queue.device), name, ", taking device " + std::to_string(queue.device));
   const int resident = resident_blocks<kernel>(name, shared, queue.device);
-  const int64_t most = together.cluster > 1 ? items : together.cooperative ? resident : int64_t{resident} * 64;
+  const int64_t most = together.cluster > 0 ? items : together.cooperative ? resident : int64_t{resident} * 64;
   cudaLaunchAttribute attribute{};
-  if (together.cluster > 1) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(together.cluster);
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  if (together.cluster > 0) {
+    attribute = in_clusters_of(together.cluster);
   } else {
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
@@ -313,7 +371,7 @@ void launch(const char* name, const std::string& shape, int64_t items, Together 
   config.dynamicSmemBytes = shared;
   config.stream = queue.stream;
   config.attrs = &attribute;
-  config.numAttrs = together.cooperative || together.cluster > 1 ? 1 : 0;
+  config.numAttrs = together.cooperative || together.cluster > 0 ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, parameters), name,
         ", grid " + std::to_string(config.gridDim.x) + ", block " + std::to_string(kThreads) + ", " + shape);
 }
@@ -324,6 +382,8 @@ inline std::string shape_of(const Branches& ys) {
 }
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+template <class... P> bool all_aligned(const P*... pointers) { return (aligned(pointers) && ...); }
 
 // Whether all of them are as far from a multiple of 16 bytes.
 inline bool alike(const void* like, const void* const* pointers, int count) {

@@ -50,12 +50,14 @@ __device__ __forceinline__ unsigned read_count(const unsigned* p) {
   asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(n) : "l"(p) : "memory");
   return n;
 }
+// What this block wrote before it met is seen by whoever sees the count; what they wrote before they added to it, by this thread.
 __device__ __forceinline__ unsigned add_to_count(unsigned* p) {
-  __threadfence();
-  const unsigned before = atomicAdd(p, 1u);
-  __threadfence();
+  unsigned before;
+  asm volatile("atom.add.acq_rel.gpu.u32 %0, [%1], 1;" : "=r"(before) : "l"(p) : "memory");
   return before;
 }
+// A number that nobody else gets; it says nothing of what others wrote.
+__device__ __forceinline__ unsigned take_number(unsigned* p) { return atomicAdd(p, 1u); }
 __device__ __forceinline__ void wait_a_little() { __nanosleep(100); }
 
 // Of a cluster; launched where there are clusters alone.

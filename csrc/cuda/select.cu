@@ -6,6 +6,11 @@
 
 namespace sk::cuda {
 
+// Those of a thread's channels, from element i on.
+template <class A, int kWidth> __device__ __forceinline__ Constant<A, kWidth> constants(const void* array, int64_t i) {
+  return Constant<A, kWidth>::in_memory(static_cast<const A*>(array) + i);
+}
+
 struct Select {
   Branches ys;
   Geometry s;
@@ -17,6 +22,9 @@ struct Select {
 
 template <class T, int kWidth> struct Selected {
   using A = Accumulate<T>;
+  // In channels_last every value of a vector has its own four constants, which are read once for so many pixels: for fewer, they would
+  // be most of what passes through the first-level cache.
+  template <int V> static constexpr int kMost = 4;
   const Select& f;
   int64_t b, c;
 
@@ -24,17 +32,17 @@ template <class T, int kWidth> struct Selected {
     A total[kCount][V] = {};
     for (int m = 0; m < f.ys.M; ++m) {
       const int64_t i = m * f.ys.C + c;
-      A y[kCount][V];
+      Packed<V, T> y[kCount];
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) load(static_cast<const T*>(f.ys.y[m]) + offset + j * step, y[j]);
-      const Constant<A, kWidth> mean(static_cast<const A*>(f.mean) + i), scale(static_cast<const A*>(f.scale) + i),
-          bias(static_cast<const A*>(f.bias) + i), a(static_cast<const A*>(f.a) + b * f.ys.M * f.ys.C + i);
+      for (int j = 0; j < kCount; ++j) y[j].load(static_cast<const T*>(f.ys.y[m]) + offset + j * step);
+      const auto mean = constants<A, kWidth>(f.mean, i), scale = constants<A, kWidth>(f.scale, i), bias = constants<A, kWidth>(f.bias, i),
+                 a = constants<A, kWidth>(f.a, b * f.ys.M * f.ys.C + i);
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        A u[V], k[V] = {};
+        A z[V], u[V], k[V] = {};
 #pragma unroll
-        for (int e = 0; e < V; ++e) y[j][e] = (y[j][e] - mean[e]) * scale[e] + bias[e];
-        activate(f.act.kind, static_cast<A>(f.act.negative_slope), y[j], u, k);
+        for (int e = 0; e < V; ++e) z[e] = (y[j][e] - mean[e]) * scale[e] + bias[e];
+        activate(f.act.kind, static_cast<A>(f.act.negative_slope), z, u, k);
 #pragma unroll
         for (int e = 0; e < V; ++e) total[j][e] += a[e] * u[e];
       }
@@ -57,6 +65,8 @@ struct SelectBackward {
 // (p and q carry its two sums; both 0 if it used running statistics).
 template <class T, int kWidth> struct BackwardOfSelected {
   using A = Accumulate<T>;
+  // Of more, in half precision, registers would spill.
+  template <int V> static constexpr int kMost = kAtOnce<V>;
   const SelectBackward& f;
   int64_t b, c;
 
@@ -64,28 +74,35 @@ template <class T, int kWidth> struct BackwardOfSelected {
     Packed<V, T> g[kCount];
 #pragma unroll
     for (int j = 0; j < kCount; ++j) g[j].load(static_cast<const T*>(f.g) + offset + j * step);
-    const Constant<A, kWidth> t(static_cast<const A*>(f.t) + b * f.ys.C + c);
+    const auto t = constants<A, kWidth>(f.t, b * f.ys.C + c);
     for (int m = 0; m < f.ys.M; ++m) {
       const int64_t i = m * f.ys.C + c;
       Packed<V, T> y[kCount];
 #pragma unroll
       for (int j = 0; j < kCount; ++j) y[j].load(static_cast<const T*>(f.ys.y[m]) + offset + j * step);
-      const Constant<A, kWidth> mean(static_cast<const A*>(f.mean) + i), scale(static_cast<const A*>(f.scale) + i),
-          bias(static_cast<const A*>(f.bias) + i), a(static_cast<const A*>(f.a) + b * f.ys.M * f.ys.C + i),
-          p(static_cast<const A*>(f.p) + i), q(static_cast<const A*>(f.q) + i);
+      const auto mean = constants<A, kWidth>(f.mean, i), scale = constants<A, kWidth>(f.scale, i);
+      A dz[kCount][V];
+      {
+        const auto bias = constants<A, kWidth>(f.bias, i), a = constants<A, kWidth>(f.a, b * f.ys.M * f.ys.C + i);
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          A z[V], u[V];
+#pragma unroll
+          for (int e = 0; e < V; ++e) {
+            z[e] = (y[j][e] - mean[e]) * scale[e] + bias[e];
+            dz[j][e] = a[e] * g[j][e] + t[e];
+          }
+          activate(f.act.kind, static_cast<A>(f.act.negative_slope), z, u, dz[j]);
+        }
+      }
+      // Read when the others are done with: there are no registers for all of them.
+      const auto p = constants<A, kWidth>(f.p, i), q = constants<A, kWidth>(f.q, i);
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        A d[V], z[V], u[V], k[V];
+        A dy[V];
 #pragma unroll
-        for (int e = 0; e < V; ++e) {
-          d[e] = y[j][e] - mean[e];
-          z[e] = d[e] * scale[e] + bias[e];
-          k[e] = a[e] * g[j][e] + t[e];
-        }
-        activate(f.act.kind, static_cast<A>(f.act.negative_slope), z, u, k);
-#pragma unroll
-        for (int e = 0; e < V; ++e) d[e] = scale[e] * k[e] - p[e] - d[e] * q[e];
-        store(static_cast<T*>(f.dy[m]) + offset + j * step, d);
+        for (int e = 0; e < V; ++e) dy[e] = scale[e] * dz[j][e] - p[e] - (y[j][e] - mean[e]) * q[e];
+        store(static_cast<T*>(f.dy[m]) + offset + j * step, dy);
       }
     }
   }
@@ -98,7 +115,7 @@ __device__ __forceinline__ void every_tile(const Parameters& f) {
     if (!place.inside) continue;
     for (int64_t b = place.b; b < place.b + place.images; ++b) {
       const Tile<T, kChannelsLast ? V : 1> tile{f, b, place.c};
-      place.walk(f.s, f.ys, b, f.vectors ? static_cast<const T*>(f.ys.y[0]) : nullptr, tile);
+      place.template walk<decltype(tile)::template kMost<V>>(f.s, f.ys, b, f.vectors ? static_cast<const T*>(f.ys.y[0]) : nullptr, tile);
     }
   }
 }
@@ -115,7 +132,7 @@ __global__ __launch_bounds__(kThreads, 2) void _select_backward_kernel(const __g
 
 void select(const Branches& ys, const void* mean, const void* scale, const void* bias, const void* a, Act act, void* v, Queue queue) {
   Select f{ys, {}, alike(v, ys.y, ys.M), act, mean, scale, bias, a, v};
-  dispatch(ys, f.vectors && aligned(v), [&]<class T, bool kChannelsLast, int V>() {
+  dispatch(ys, f.vectors && all_aligned(v, mean, scale, bias, a), [&]<class T, bool kChannelsLast, int V>() {
     f.s = geometry(ys, V);
     launch<_select_kernel<T, kChannelsLast, V>>("select", shape_of(ys), f.s.items(), {}, 0, queue, f);
   });
@@ -125,7 +142,7 @@ void select_backward(const void* g, const Branches& ys, const void* mean, const 
                      const void* p, const void* q, Act act, void* const* dys, Queue queue) {
   SelectBackward f{ys, {}, alike(g, ys.y, ys.M) && alike(g, dys, ys.M), act, g, mean, scale, bias, a, t, p, q, {}};
   std::copy_n(dys, ys.M, f.dy);
-  dispatch(ys, f.vectors && aligned(g), [&]<class T, bool kChannelsLast, int V>() {
+  dispatch(ys, f.vectors && all_aligned(g, mean, scale, bias, a, t, p, q), [&]<class T, bool kChannelsLast, int V>() {
     f.s = geometry(ys, V);
     launch<_select_backward_kernel<T, kChannelsLast, V>>("select_backward", shape_of(ys), f.s.items(), {}, 0, queue, f);
   });

@@ -171,7 +171,7 @@ template <class T, class Tile> __global__ __launch_bounds__(kThreads, 2) void _u
   unsigned* const shared = shared_memory<unsigned>();
   for (;;) {
     if (threadIdx.x == 0) {
-      const unsigned next = add_to_count(f.next);
+      const unsigned next = take_number(f.next);
       if (next < f.items) Item(f, next).wait(f);
       shared[0] = next;
     }
@@ -309,12 +309,6 @@ static std::string shape_of(const Unit& f) {
 
 [[noreturn]] static void refuse(const Unit& f, const std::string& what) { throw std::runtime_error("unit: " + what + ", " + shape_of(f)); }
 
-static int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, which, device), "unit", ", asking for attribute " + std::to_string(which) + " of the device");
-  return value;
-}
-
 // What every device from sm_80 on lets a block have.
 constexpr int64_t kMostShared = 99 * 1024;
 
@@ -356,14 +350,21 @@ static void cut_into(const Unit& f, Cut& cut, int channels, int run, int strips)
 
 // A cluster of at most 8 blocks, as every device with clusters has them, if its shared memory holds an image.
 static bool plan_cluster(const Unit& f, int device, Plan& plan) {
-  if (attribute(cudaDevAttrComputeCapabilityMajor, device) < 9) return false;
-  const int64_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (attribute_of_device(cudaDevAttrComputeCapabilityMajor, "unit", device) < 9) return false;
+  const int64_t most = attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin, "unit", device);
   if (plan.cut.columns > 64) return false;
   cut_into(f, plan.cut, plan.channels, plan.pixels, 1);
   plan.share = static_cast<int>(quotient(plan.cut.channel_tiles(), 8));
   plan.blocks = static_cast<int>(quotient(plan.cut.channel_tiles(), plan.share));
   plan.shared = Shares(f, plan.cut, plan.share, plan.channels).all();
-  return plan.shared <= most && f.B * plan.blocks < int64_t{1} << 31;
+  if (plan.shared > most || f.B * plan.blocks >= int64_t{1} << 31) return false;
+  bool holds = false;
+  with_type(f.type, [&]<class T>() {
+    with_tile(plan.pixels, plan.channels, [&]<class Tile>() {
+      holds = holds_cluster<_unit_in_cluster_kernel<T, Tile>>("unit", plan.blocks, plan.shared, device);
+    });
+  });
+  return holds;
 }
 
 static void plan_ring(const Unit& f, int device, Plan& plan) {
@@ -383,12 +384,14 @@ static void plan_ring(const Unit& f, int device, Plan& plan) {
               [&]<class Tile>() { plan.blocks = resident_blocks<_unit_kernel<T, Tile>>("unit", plan.shared, device); });
   });
   // Half of the L2 cache: x, v and the weights go through it as well.
-  const int64_t cache = attribute(cudaDevAttrL2CacheSize, device), room = std::max<int64_t>(2, cache / 2 / (f.M * cut.area() * f.C * 2));
+  const int64_t cache = attribute_of_device(cudaDevAttrL2CacheSize, "unit", device), room = std::max<int64_t>(2, cache / 2 / (f.M * cut.area() * f.C * 2));
   const int64_t wanted = quotient(plan.blocks, int64_t{cut.pixel_tiles()} * cut.channel_tiles()) + 1;
   plan.slots = static_cast<int>(std::min({f.B, room, 2 * wanted}));
 }
 
 static Plan plan_of(const Unit& f, int device) {
+  // What is asked of a kernel is asked of the current device.
+  check(cudaSetDevice(device), "unit", ", taking device " + std::to_string(device));
   Plan plan{};
   plan.cut = cut_of(f);
   plan.channels = plan.cut.outputs <= 16 ? 16 : plan.cut.outputs <= 32 ? 32 : 64;
@@ -436,7 +439,6 @@ static void launch_ring(const Unit& f, const Plan& plan, void* scratch, Queue qu
   ring.a = reinterpret_cast<float*>(bytes + sizes.counts + sizes.sums);
   ring.u = bytes + sizes.counts + sizes.sums + sizes.a;
   if (ring.items >= int64_t{1} << 31) refuse(f, "too much for one launch");
-  check(cudaSetDevice(queue.device), "unit", ", taking device " + std::to_string(queue.device));
   check(cudaMemsetAsync(counts, 0, sizes.counts, queue.stream), "unit", ", setting its counters to 0, " + shape_of(f));
   with_type(f.type, [&]<class T>() {
     with_tile(plan.pixels, plan.channels, [&]<class Tile>() {

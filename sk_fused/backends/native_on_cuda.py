@@ -1,11 +1,20 @@
 """What the CUDA half of the native backend takes."""
 
+import functools
+
 import torch
 
 
 @torch.compiler.assume_constant_result
 def why_not(device: torch.device, branches: int) -> str | None:
     """The reason why the kernels do not take so many branches on this device, or None."""
+    if branches > 8:
+        return f"the native CUDA kernels take at most 8 branches, got {branches}"
+    return _why_not_device(device)
+
+
+@functools.cache
+def _why_not_device(device: torch.device) -> str | None:
     # Where this is asked the extension is there; where the package is imported it may not be.
     from sk_fused import _C
 
@@ -16,8 +25,6 @@ def why_not(device: torch.device, branches: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if not any(architecture // 10 == major and architecture % 10 <= minor for architecture in built):
         return f"the native CUDA kernels are for the architectures {architectures}, the device has compute capability {major}.{minor}"
-    if branches > 8:
-        return f"the native CUDA kernels take at most 8 branches, got {branches}"
     return None
 
 

@@ -62,12 +62,23 @@ def why_not(branches: Sequence[Tensor]) -> str | None:
         return f"the Triton kernels take at most {MOST_BRANCHES} branches, got {len(branches)}"
     if y.shape[0] == 0:
         return "the Triton kernels take at least one image, the batch is empty"
-    return _why_not_triton()
+    return _why_not_triton() or (_why_not_device(y.device) if y.device.type == "cuda" else None)
 
 
 @torch.compiler.assume_constant_result
 def _why_not_triton() -> str | None:
     return _why_not_import()
+
+
+@torch.compiler.assume_constant_result
+def _why_not_device(device: torch.device) -> str | None:
+    major, minor = _capability(device)
+    return None if major >= 8 else f"the Triton kernels are for compute capability 8.0 and up, {device} has {major}.{minor}"
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @functools.cache

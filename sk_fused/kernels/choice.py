@@ -34,7 +34,7 @@ def choose(
 
     Args:
         case: the class of calls that one measurement is to decide about.
-        roads: by name, what to run; each may be run a few times.
+        roads: by name, what to run; each may be run a few times. One for which there is no memory is not taken.
         default: what is taken where nothing is known and nothing may be measured.
         device: its name; None: the default is taken.
         timer: gives the time that a road takes; None: that on the current GPU.
@@ -47,22 +47,39 @@ def choose(
     if os.environ.get("SK_FUSED_MEASURE") == "0" or torch.compiler.is_compiling() or _is_capturing():
         return default
     with torch.no_grad():
-        times = {road: (timer or _milliseconds)(run) for road, run in roads.items()}
-    road = min(times, key=times.__getitem__)
-    _keep(device, case, road)
+        times = {road: (timer or _milliseconds)(run) for road, run in roads.items() if _runs(run)}
+    road = min(times, key=times.__getitem__, default=default)
+    if len(times) == len(roads):
+        _keep(device, case, road)
+    else:
+        # Memory may be less scarce another time.
+        _measured(device)[case] = road
     return road
+
+
+def _runs(run: Callable[[], object]) -> bool:
+    """Whether the device has the memory for a road: for its results, or in a multiprocessor. It has compiled its kernels then."""
+    try:
+        run()
+    except (torch.OutOfMemoryError, triton.runtime.errors.OutOfResources):
+        return False
+    return True
 
 
 def _is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+# Of the GPU's clock: about five milliseconds, more than the launches of a road take.
+_BUSY = 10_000_000
+
+
 def _milliseconds(run: Callable[[], object]) -> float:
-    """The median of five, after one that compiles."""
-    run()
+    """The median of five. The GPU is kept busy while a call is being launched, so that the time is the kernels', and not the host's."""
     times = []
     for _ in range(5):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_BUSY)
         start.record()
         run()
         end.record()

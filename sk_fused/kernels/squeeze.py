@@ -75,7 +75,8 @@ def _pixel_tile(start, pixel, end, channel, vectors, VECTOR: tl.constexpr, UNROL
 def _folded(m: tl.constexpr, c, exists, writes, norms, mean, r, scale, bias, C, eps: tl.constexpr):
     """mean, scale and bias of the channels c of branch m: made of the batch-norms `norms`, and written where `writes`; or read."""
     i = m * C + c
-    if norms is None:
+    # So are `norms` then; but triton 3.6 cannot compare a tuple that has a None in it.
+    if r is None:
         return tl.load(mean + i, exists, 0.0), tl.load(scale + i, exists, 0.0), tl.load(bias + i, exists, 0.0)
     else:
         A: tl.constexpr = mean.dtype.element_ty

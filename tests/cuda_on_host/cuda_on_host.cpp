@@ -1,5 +1,5 @@
 // The scheduler of cuda_on_host.h. CUDA_ON_HOST_SEED and CUDA_ON_HOST_PROCESSORS, read at every launch, give the order and how many
-// blocks are resident; CUDA_ON_HOST_L2 is the size of the L2 cache in bytes; with CUDA_ON_HOST_CLUSTERS=1 the device has clusters.
+// blocks are resident; CUDA_ON_HOST_L2 is the size of the L2 cache in bytes; with CUDA_ON_HOST_CLUSTERS the device has clusters, of so many blocks at most.
 #include "cuda_on_host.h"
 
 #include <sys/mman.h>
@@ -268,6 +268,12 @@ void run(unsigned blocks, unsigned threads, size_t shared, bool cooperative, uns
 }
 
 }  // namespace cuda_on_host
+
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* config) {
+  if (config->attrs->val.clusterDim.x > cuda_on_host::setting("CUDA_ON_HOST_CLUSTERS", 0)) return cudaErrorInvalidConfiguration;
+  *clusters = 1;
+  return cudaSuccess;
+}
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const unsigned clusters = cuda_on_host::setting("CUDA_ON_HOST_CLUSTERS", 0);

@@ -184,6 +184,12 @@ template <class Kernel> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocesso
   return cudaSuccess;
 }
 
+// Of the largest cluster that this device has, at most.
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel, const cudaLaunchConfig_t* config);
+template <class... P> cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(P...), const cudaLaunchConfig_t* config) {
+  return cudaOccupancyMaxActiveClusters(clusters, reinterpret_cast<const void*>(kernel), config);
+}
+
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), const A&... arguments) {
   // As a device refuses them.
@@ -199,6 +205,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 namespace sk::cuda {
 template <class A> A* shared_memory() { return static_cast<A*>(cuda_on_host::shared_bytes()); }
+inline void store_vector(void* p, const uint4& x) { *static_cast<uint4*>(p) = x; }
 inline void wait_for_grid() { cuda_on_host::wait_for_all_blocks(); }
 
 // As intrinsics.cuh has them.
@@ -257,6 +264,7 @@ inline unsigned add_to_count(unsigned* p) {
   cuda_on_host::others_go_first(true);
   return (*p)++;
 }
+inline unsigned take_number(unsigned* p) { return add_to_count(p); }
 inline void wait_a_little() {}
 
 inline int block_in_cluster() { return cuda_on_host::block_in_cluster(); }
