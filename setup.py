@@ -63,7 +63,7 @@ class Nvcc:
             if not output.exists() or output.stat().st_mtime < max(newest_header, source.stat().st_mtime):
                 subprocess.run([self.nvcc, *flags, "-c", str(source), "-o", str(output)], check=True)
 
-        with ThreadPoolExecutor(max_workers=2) as pool:
+        with ThreadPoolExecutor(max_workers=max(2, (os.cpu_count() or 2) // 2)) as pool:
             list(pool.map(make, sources, objects))
         return [str(path) for path in objects]
 

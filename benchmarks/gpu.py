@@ -1,10 +1,13 @@
-"""`make gpu`: all that a GPU is needed for, in one command and under nine minutes: the build, the tests on the device, the
-sanitizer on the CUDA kernels, the passes and units. A stage goes on where an earlier one failed; the last lines say which
-passed. JSON and figures go to benchmarks/results/<device>/, beside the stages' output."""
+"""`make gpu`: all that a GPU is needed for, in one command and under nine minutes: the build, the tests on the device, every kernel's share
+of the copy bandwidth, units, the host's time and a network, and the sanitizer on the CUDA kernels. A stage goes on where an earlier one
+failed; one that takes too long is interrupted, and keeps what it has measured; the last lines say which passed. JSON and figures go to
+benchmarks/results/<device>/, the stages' output to build/gpu."""
 
 import argparse
+import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,64 +15,105 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from .cases import MAIN
 from .machine import REPOSITORY, ROOT
+
+# Seconds that an interrupted stage has to write down what it has.
+GRACE = 15
 
 # Of the tests, those that are small enough for a tool that makes every access hundreds of times slower.
 SMALL = "(test_operator_matches_reference or test_convolutions_match_pytorch) and native and bfloat16 and channels_last"
 
 
 class Stage(NamedTuple):
-    """What it is called, its command, and the seconds after which it is given up."""
+    """What it is called, its command, and the seconds after which it is given up. Without a command: why there is none."""
 
     name: str
-    command: Sequence[str]
+    command: Sequence[str] | str
     seconds: int
 
 
-def benchmark(name: str, *options: str) -> list[str]:
-    return [sys.executable, "-m", f"benchmarks.{name}", "--device", "cuda", *options]
+def benchmark(name: str, results: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", f"benchmarks.{name}", "--device", "cuda", "--results", str(results), *options]
 
 
 def stages(results: Path) -> list[Stage]:
+    """In the order of what is to be known first."""
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
-    bfloat16 = ["--precision", "bfloat16", "--batch", "256", "--results", str(results)]
-    measured = [
-        Stage("passes", benchmark("passes", *bfloat16, "--seconds", "0.3"), 80),
-        Stage("units", benchmark("units", *bfloat16, "--seconds", "0.5", "--contenders", "timm", "timm:compile", "sk_fused", "convolutions"), 150),
-        Stage("models", benchmark("models", *bfloat16, "--seconds", "1", "--models", "skresnet18"), 60),
+    beside = ["-n", "8", "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
+    bfloat16 = ["--precision", "bfloat16", "--batch", "256"]
+    sides = ["timm", "timm:compile", "sk_fused", "sk_fused:native", "convolutions"]
+    units = ["--units", *MAIN[::4], MAIN[2], "--layouts", "channels_last", "--contenders", *sides]
+    return [
+        Stage("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 150),
+        Stage("tests: native", [*tests, *beside, "-k", "native"], 100),
+        Stage("passes", benchmark("passes", results, *bfloat16, "--seconds", "0.2"), 70),
+        Stage("tests: triton", [*tests, *beside, "-k", "triton"], 160),
+        Stage("units", benchmark("units", results, *bfloat16, "--seconds", "0.5", *units), 100),
+        Stage("overhead", benchmark("overhead", results, "--seconds", "0.5"), 25),
+        Stage("cold start", benchmark("cold_start", results, "--rounds", "1"), 60),
+        Stage("models", benchmark("models", results, *bfloat16, "--seconds", "1", "--models", "skresnet18"), 60),
+        *(Stage(f"sanitizer: {tool}", sanitized(tool, [*tests, "-x", "-k", SMALL]), 90) for tool in ("memcheck", "racecheck")),
     ]
-    sanitizers = [
-        Stage(f"sanitizer: {tool}", ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *tests, "-x", "-k", SMALL], 60)
-        for tool in ("memcheck", "racecheck")
-    ]
-    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    return [Stage("build", build, 180), Stage("tests", tests, 150), *measured, *(sanitizers if shutil.which("compute-sanitizer") else [])]
 
 
-def run(stage: Stage, log: Path) -> str:
-    """Its verdict; the output goes to the file."""
+def sanitized(tool: str, command: Sequence[str]) -> Sequence[str] | str:
+    """The command under compute-sanitizer, which looks at our kernels alone if it knows how to."""
+    if shutil.which("compute-sanitizer") is None:
+        return "there is no compute-sanitizer"
+    known = subprocess.run(["compute-sanitizer", "--help"], capture_output=True, text=True).stdout
+    ours = ["--kernel-regex", "kns=sk4cuda"] if "--kernel-regex" in known else []
+    # PyTorch itself makes calls that fail, and asks for their errors.
+    quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []
+    return ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *ours, *quiet, *command]
+
+
+def run(stage: Stage, log: Path, left: float) -> str:
+    """Its verdict, after at most `left` seconds; the output goes to the file."""
+    if isinstance(stage.command, str):
+        return f"{stage.name:22} not run: {stage.command}"
+    if left <= 0:
+        return f"{stage.name:22} not run: no time left"
     start = time.monotonic()
+    seconds = min(stage.seconds, left)
     with open(log, "w") as output:
+        # In a session of its own, so that what it has started ends with it.
+        process = subprocess.Popen(stage.command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            code = subprocess.run(stage.command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT, timeout=stage.seconds).returncode
+            code = process.wait(seconds)
             verdict = "passed" if code == 0 else f"failed ({code})"
         except subprocess.TimeoutExpired:
-            verdict = f"given up after {stage.seconds} s"
+            verdict = f"given up after {seconds:.0f} s"
+            os.killpg(process.pid, signal.SIGINT)
+            try:
+                process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                pass
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
     last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
     return f"{stage.name:22} {verdict:24} {time.monotonic() - start:5.0f} s   {last[:100]}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="some only, by what their names begin with: build tests passes units …")
+    parser.add_argument("--seconds", type=float, default=525, help="for all together (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the results (default: benchmarks/results)")
-    parser.add_argument("--logs", type=Path, default=Path("build/gpu"), help="folder of the stages' output (default: build/gpu)")
+    parser.add_argument("--logs", type=Path, default=REPOSITORY / "build/gpu", help="folder of the stages' output (default: build/gpu)")
     arguments = parser.parse_args()
     arguments.logs.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PYTHONPATH", str(REPOSITORY))
+    end = time.monotonic() + arguments.seconds
     verdicts = []
-    for stage in stages(arguments.results):
-        verdicts.append(run(stage, arguments.logs / f"{stage.name.replace(': ', '-')}.log"))
-        print(verdicts[-1], flush=True)
+    for stage in stages(arguments.results.resolve()):
+        if arguments.stages is None or stage.name.startswith(tuple(arguments.stages)):
+            log = arguments.logs / f"{stage.name.replace(': ', '-').replace(' ', '-')}.log"
+            verdicts.append(run(stage, log, end - time.monotonic()))
+            print(verdicts[-1], flush=True)
     print("\n".join(["", *verdicts]))
     if any(" passed " not in verdict for verdict in verdicts):
         raise SystemExit(1)

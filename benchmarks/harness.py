@@ -88,15 +88,18 @@ class Entry(NamedTuple):
     own_threads: bool = False
 
 
-def clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
-    """Milliseconds of one call: by the host's clock on a CPU, by events with a cold L2 cache on a GPU."""
+def clock(device: torch.device, of_host: bool = False) -> Callable[[Callable[[], object]], float]:
+    """Milliseconds of one call: by the host's clock on a CPU, by events with a cold L2 cache on a GPU; `of_host`: until the call
+    returns, also there, to a GPU that has nothing to do."""
 
     def host(run: Callable[[], object]) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         start = time.perf_counter()
         run()
         return 1e3 * (time.perf_counter() - start)
 
-    if device.type == "cpu":
+    if device.type == "cpu" or of_host:
         return host
     cold = torch.empty(256 << 20, dtype=torch.int8, device=device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -112,10 +115,10 @@ def clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
     return events
 
 
-def interleaved(contenders: Mapping, seconds: float, device: torch.device, min_rounds: int = 5, rest: float = 0.0) -> dict:
+def interleaved(contenders: Mapping, seconds: float, device: torch.device, min_rounds: int = 5, rest: float = 0.0, of_host: bool = False) -> dict:
     """Milliseconds of every contender in every round: all take their turn in each round, A B C A B C, after one warm-up
     round, for about `seconds`. After a rest of so many, if there is one, a call that is not timed wakes the threads up."""
-    measure, times = clock(device), {name: [] for name in contenders}
+    measure, times = clock(device, of_host), {name: [] for name in contenders}
     for run in contenders.values():
         run()
     gc.collect()
@@ -150,11 +153,12 @@ def race(
     device: torch.device,
     base: str = "timm",
     against: Sequence[str] = ("timm",),
+    of_host: bool = False,
 ) -> dict[str, dict]:
     """The parity gate, then the interleaved rounds of all that passed.
 
     `entries` are keyed by side and layout. Each is checked against `exact` (float64) beside what `base` has in its
-    layout. If a side of ours fails there are no timings at all. A side is quoted in its fastest layout:
+    layout. If a side of ours fails there are no timings at all. Timed as `clock` says. A side is quoted in its fastest layout:
     {best, median_ms, quartiles_ms, rounds, max_error, ratio: {side of `against`: quartiles}, layouts}; or {error} with the
     reason why it could not run, or must not be timed.
     """
@@ -188,7 +192,7 @@ def race(
         runs[side, layout] = step.run
     # Threads wait actively for a while after their work, and would keep the cores from those of another runtime.
     rest = 0.02 if any(entry.own_threads for entry in entries.values()) else 0.0
-    times = {} if failed else interleaved(runs, seconds, device, rest=rest)
+    times = {} if failed else interleaved(runs, seconds, device, rest=rest, of_host=of_host)
     for key, values in times.items():
         low, median, high = quartiles(values)
         record[key[0]]["layouts"][key[1]] |= {"median_ms": median, "quartiles_ms": [low, high], "rounds": len(values)}
@@ -223,7 +227,11 @@ def within_parity(ours: Tensor, theirs: Tensor, exact: Tensor, factor: float = O
 def usual_error(value: Tensor, exact: Tensor) -> float:
     """The absolute error against a float64 result that 99 of 100 values keep within; infinite if any is not finite."""
     errors = (value.double() - exact).abs().flatten()
-    return errors.kthvalue(-(-99 * len(errors) // 100)).values.item() if errors.isfinite().all() else torch.inf
+    if not errors.isfinite().all():
+        return torch.inf
+    k = -(-99 * len(errors) // 100)
+    # On a GPU kthvalue is the work of one block.
+    return (errors.sort().values[k - 1] if errors.is_cuda else errors.kthvalue(k).values).item()
 
 
 def parity_failures(ours: Sequence[Tensor], theirs: Sequence[Tensor], exact: Sequence[Tensor], factor: float = OURS) -> list[str]:
@@ -232,6 +240,9 @@ def parity_failures(ours: Sequence[Tensor], theirs: Sequence[Tensor], exact: Seq
     largest error is to be below a tenth of the largest value, or within the rule itself. (The tests hold it for all.)"""
     failures = []
     for i, (o, t, e) in enumerate(zip(ours, theirs, exact, strict=True)):
+        if o.shape != e.shape:
+            failures.append(f"tensor {i} of {len(exact)}: shape {tuple(o.shape)}, expected {tuple(e.shape)}")
+            continue
         ulp = torch.finfo(o.dtype).eps * e.abs().max().item()
         usual = usual_error(o, e) <= factor * usual_error(t, e) + 2 * factor * ulp
         if not usual or not (within_parity(o, t, e, factor) or error_of(o, e) <= 0.1 * e.abs().max().item()):

@@ -4,6 +4,7 @@ import ast
 import hashlib
 import platform
 import re
+import shutil
 import subprocess
 import time
 from importlib import metadata
@@ -62,7 +63,7 @@ def _commit() -> str:
     """What is checked out; "-dirty" if anything but results differs from it."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
 
     commit = git("describe", "--always") or "unknown"
     return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results") else commit

@@ -50,10 +50,20 @@ class Inputs:
         self.act = "relu", 0.0
 
 
+def tensors(result: object) -> list[Tensor]:
+    return [tensor for each in result for tensor in tensors(each)] if isinstance(result, (list, tuple)) else [result]
+
+
+def _squeezed(result: tuple) -> list[Tensor]:
+    """Of how many parts the pooled sums are is the backend's choice."""
+    *folded, pooled, K = result
+    return [*folded, pooled.sum(1), *K]
+
+
 class Pass(NamedTuple):
     """An operator: how a backend is called; branch-sized tensors read and written; flops for a value of one branch; how
     often it goes over x (or dx), and computes all convolutions. The attention has no branch-sized data: `small` gives its
-    values moved and its flops."""
+    values moved and its flops. `collect` takes what is compared out of a result."""
 
     call: Callable[[ModuleType, Inputs], object]
     traffic: Callable[[int], int] = lambda M: 0
@@ -62,6 +72,7 @@ class Pass(NamedTuple):
     convolutions: int = 0
     small: Callable[[Inputs], tuple[int, int]] = lambda i: (0, 0)
     backends: tuple[str, ...] = tuple(BACKENDS)
+    collect: Callable[[object], list[Tensor]] = tensors
 
 
 def _attention(passes: int) -> Callable[[Inputs], tuple[int, int]]:
@@ -71,8 +82,8 @@ def _attention(passes: int) -> Callable[[Inputs], tuple[int, int]]:
 # A new operator of the backends is a new line here.
 PASSES: dict[str, Pass] = {
     "branch_statistics": Pass(lambda b, i: b.branch_statistics(i.ys), lambda M: M, 4),
-    "squeeze, eval": Pass(lambda b, i: b.squeeze(i.ys, *i.norms, *i.act, 1), lambda M: M, 5),
-    "squeeze, training": Pass(lambda b, i: b.squeeze(i.ys, *i.norms, *i.act, 3), lambda M: M, 8),
+    "squeeze, eval": Pass(lambda b, i: b.squeeze(i.ys, *i.norms, *i.act, 1), lambda M: M, 5, collect=_squeezed),
+    "squeeze, training": Pass(lambda b, i: b.squeeze(i.ys, *i.norms, *i.act, 3), lambda M: M, 8, collect=_squeezed),
     "attend": Pass(
         lambda b, i: b.attend(i.K1, i.pixels, *i.attention, *i.act, i.fc_select, None), small=_attention(1)
     ),
@@ -97,10 +108,6 @@ PASSES: dict[str, Pass] = {
 }
 
 
-def tensors(result: object) -> list[Tensor]:
-    return [tensor for each in result for tensor in tensors(each)] if isinstance(result, (list, tuple)) else [result]
-
-
 def rows(arguments: Namespace) -> Iterator[dict]:
     dtype = torch.bfloat16 if arguments.precision == "bfloat16" else torch.float32
     for name in harness.progress(arguments.units, "units"):
@@ -111,7 +118,7 @@ def rows(arguments: Namespace) -> Iterator[dict]:
         exact_inputs.ys, exact_inputs.g = [y.double() for y in inputs["contiguous"].ys], inputs["contiguous"].g.double()
         values, x_values = case.branch_values(arguments.batch), exact_inputs.convolved[0].numel()
         for title, operator in PASSES.items():
-            exact = tensors(operator.call(BACKENDS["reference"], exact_inputs))
+            exact = operator.collect(operator.call(BACKENDS["reference"], exact_inputs))
             small_values, small_flops = operator.small(exact_inputs)
             moved = (operator.traffic(exact_inputs.M) * values + operator.inputs * x_values) * dtype.itemsize + 4 * small_values
             runs = {
@@ -126,7 +133,7 @@ def rows(arguments: Namespace) -> Iterator[dict]:
             figures = {side: {"GBps": moved / f["median_ms"] / 1e6, "GFLOPs": flops / f["median_ms"] / 1e6} for side, f in race.items() if "median_ms" in f}
             for side, each in figures.items():
                 each["share_of_copy"] = 1 / race[side]["ratio"]["copy"][1]
-            yield {"unit": name, "pass": title, "bytes": moved, "flops": flops, "copy_ms": copy["median_ms"], "speed": figures, "backends": _ours(race)}
+            yield {"unit": name, "pass": title, "bytes": moved, "flops": flops, "copy_ms": copy.get("median_ms"), "speed": figures, "backends": _ours(race)}
 
 
 def _step(operator: Pass, backend: ModuleType, inputs: Inputs) -> Step:
@@ -141,7 +148,7 @@ def _step(operator: Pass, backend: ModuleType, inputs: Inputs) -> Step:
         with torch.inference_mode():
             return operator.call(backend, inputs)
 
-    return Step(run, tensors)
+    return Step(run, operator.collect)
 
 
 def _copy(moved: int, device: torch.device) -> Step:

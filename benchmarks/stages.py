@@ -3,7 +3,7 @@
 import time
 
 
-def stages(side: str, compiled: bool) -> dict[str, float]:
+def stages(side: str, compiled: bool, device: str) -> dict[str, float]:
     """Seconds of each stage from a fresh interpreter to the second call of a unit, one after the other."""
     seconds: dict[str, float] = {}
     start = time.perf_counter()
@@ -15,6 +15,9 @@ def stages(side: str, compiled: bool) -> dict[str, float]:
 
     import torch
 
+    if device == "cuda":
+        # Its context is torch's to make.
+        torch.zeros(1, device=device).item()
     done("import torch")
     if side == "timm":
         from .harness import let_timm_import
@@ -25,13 +28,14 @@ def stages(side: str, compiled: bool) -> dict[str, float]:
     else:
         from sk_fused import FusedSelectiveKernel as Unit
     done(f"import {side}")
-    unit = Unit(64).eval()
-    x = torch.randn(8, 64, 56, 56)
+    unit = Unit(64).to(device).eval()
+    x = torch.randn(8, 64, 56, 56).to(device)
     call = torch.compile(unit) if compiled else unit
     done("make")
     with torch.inference_mode():
-        call(x)
-        done("first call")
-        call(x)
-        done("second call")
+        for number in ("first", "second"):
+            call(x)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            done(f"{number} call")
     return seconds

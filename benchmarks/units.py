@@ -10,13 +10,13 @@ from pathlib import Path
 from . import figures, harness
 from .cases import MAIN, UNITS
 from .contenders import CONTENDERS, Settings, entries, exact, kept, passes
-from .harness import MODES, PAIR, Benchmark
+from .harness import LAYOUTS, MODES, PAIR, Benchmark
 
 
 def rows(arguments: Namespace) -> Iterator[dict]:
     names = list(UNITS) if arguments.units == ["all"] else arguments.units
     settings = Settings(arguments.device, arguments.precision)
-    contenders = {side: CONTENDERS[side] for side in arguments.contenders}
+    contenders = {side: CONTENDERS[side]._replace(layouts=[layout for layout in CONTENDERS[side].layouts if layout in arguments.layouts]) for side in arguments.contenders}
     for name in harness.progress(names, "units"):
         case = UNITS[name]
         unit = case.unit().to(arguments.device)
@@ -76,6 +76,7 @@ def figure(result: dict, path: Path) -> None:
 def options(parser: ArgumentParser) -> None:
     parser.add_argument("--units", nargs="+", choices=[*UNITS, "all"], default=MAIN, metavar="UNIT", help=f"all, or some of: {'; '.join(UNITS)}")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="who takes part (default: all)")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of x (default: both)")
 
 
 BENCHMARK = Benchmark("units", __doc__, rows, table, figure, options, {"units": [MAIN[0], MAIN[4]], "contenders": ["timm", "timm:compile", "sk_fused", "convolutions"], "seconds": 2.0})

@@ -82,8 +82,10 @@ def step(unit: nn.Module, x: Tensor, g: Tensor | None, autocast: AbstractContext
     with autocast:
         v = unit(x)
     v.sum().backward() if g is None else v.backward(g.to(v.dtype))
-    gradients = {f"{name}.grad": p.grad for name, p in unit.named_parameters() if p.grad is not None}
-    return {"output": v.detach(), "x.grad": x.grad, **gradients, **{name: buffer.clone() for name, buffer in unit.named_buffers()}}
+    results = {"output": v, "x.grad": x.grad}
+    results |= {f"{name}.grad": p.grad for name, p in unit.named_parameters() if p.grad is not None}
+    # The next step may write where these lie: buffers, and all that a CUDA graph gives.
+    return {name: tensor.detach().clone() for name, tensor in (*results.items(), *unit.named_buffers())}
 
 
 def assert_parity(
@@ -132,7 +134,7 @@ def output_like(unit: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         shape = copy.deepcopy(unit).eval()(x.to(next(unit.parameters()).dtype)).shape
     layout = torch.channels_last if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    return torch.empty(shape, dtype=x.dtype, memory_format=layout)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def batches(count: int, shape: Sequence[int], dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> list[Tensor]:

@@ -98,11 +98,11 @@ def exact_statistics(ys: list[Tensor]) -> list[Tensor]:
     """Of torch.var_mean even float64 loses a few digits, so mean and variance are taken in numpy's long double."""
     moments = []
     for y in ys:
-        values = y.double().contiguous().numpy().astype(numpy.longdouble)
+        values = y.double().contiguous().cpu().numpy().astype(numpy.longdouble)
         mean = values.mean((0, 2, 3), keepdims=True)
         var = numpy.square(values - mean).mean((0, 2, 3))
         moments.append([torch.from_numpy(moment.astype(numpy.float64)) for moment in (mean.ravel(), var)])
-    return [torch.stack(moment) for moment in zip(*moments)]
+    return [torch.stack(moment).to(ys[0].device) for moment in zip(*moments)]
 
 
 def magnitudes(name: str, arguments: tuple, exact: list[Tensor]) -> list[Tensor]:
