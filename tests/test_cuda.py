@@ -120,21 +120,22 @@ def test_operator_is_there_for_cuda_and_refuses_the_cpu(name: str):
         operator.redispatch(keys, *(operands((2, 2, 5, 4, 6), torch.float32) | convolved("8 a group", torch.float16))[name])
 
 
-def cuobjdump() -> str:
-    triton = Path(torch.__file__).parent.parent / "triton/backends/nvidia/bin"
-    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=triton)
+def cuobjdump(*options: str) -> str:
+    """What it says of the extension, with names as C++ has them. It needs nvdisasm beside it."""
+    path = os.pathsep.join([os.environ["PATH"], str(Path(torch.__file__).parent.parent / "triton/backends/nvidia/bin")])
+    found = shutil.which("cuobjdump", path=path)
     assert found, "no cuobjdump: it comes with CUDA and with triton"
-    return found
+    command = [found, *options, native._C.__file__]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "PATH": path}).stdout
+    return subprocess.run(["c++filt"], input=said, check=True, capture_output=True, text=True).stdout
 
 
 @needs_cuda_kernels
 def test_kernels_keep_all_in_registers():
     """On every architecture no kernel has a stack frame, and so none spills. The table is printed."""
-    said = subprocess.run([cuobjdump(), "--dump-resource-usage", native._C.__file__], check=True, capture_output=True, text=True).stdout
-    said = subprocess.run(["c++filt"], input=said, check=True, capture_output=True, text=True).stdout
     kernels: dict[str, dict[str, tuple[int, ...]]] = {}
     architecture = ""
-    for line in said.splitlines():
+    for line in cuobjdump("--dump-resource-usage").splitlines():
         if match := re.search(r"sm_(\w+)", line.partition("Function")[0]):
             architecture = match[1]
         elif match := re.search(r"Function .*?(_\w+_kernel<[^>]*>)", line):
@@ -150,6 +151,23 @@ def test_kernels_keep_all_in_registers():
     for name, used in kernels.items():
         assert list(used) == architectures or set(used) == set(architectures), name
         assert all(stack == local == 0 for _, stack, _, local in used.values()), f"{name}: {used}"
+
+
+@needs_cuda_kernels
+def test_select_takes_16_bytes_at_a_time():
+    """Forward and backward: of branches in either layout, and in channels_last of its constants too, in which no access is narrower."""
+    architecture = native._C.cuda_architectures.split()[-1]
+    _, *kernels = cuobjdump("--dump-sass", "--gpu-architecture", f"sm_{architecture}").split("Function : ")
+    seen = 0
+    for kernel in kernels:
+        if match := re.match(r"void sk::cuda::_select(?:_backward)?_kernel<\w+, (true|false), [248]>", kernel):
+            accesses = re.findall(r"\b(LDG|STG)\.E(\S*)", kernel)
+            wide = {name for name, width in accesses if "128" in width}
+            assert wide == {"LDG", "STG"}, match[0]
+            assert match[1] == "false" or all("128" in width for _, width in accesses), match[0]
+            seen += 1
+    # Four dtypes, two layouts.
+    assert seen == 16
 
 
 def test_why_not_on_cuda(monkeypatch: pytest.MonkeyPatch):
