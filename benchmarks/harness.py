@@ -347,9 +347,8 @@ def keep_memory() -> None:
             libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-def command(benchmark: Benchmark, argv: Sequence[str] | None = None) -> Path:
-    """The command line of a benchmark: measures, shows the table, writes JSON and PNG; interrupted, of the rows that it has.
-    Ends with an error where a side of ours failed its parity check."""
+def command_line(benchmark: Benchmark, argv: Sequence[str] | None = None) -> tuple[ArgumentParser, Namespace]:
+    """The options of a benchmark, and what they are."""
     quick = ", ".join(f"{option} {value if isinstance(value, (int, float, str)) else ' '.join(map(str, value))}" for option, value in benchmark.quick.items())
     parser = ArgumentParser(prog=f"python -m benchmarks.{benchmark.name}", description=benchmark.doc, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"), help="where it runs")
@@ -366,6 +365,13 @@ def command(benchmark: Benchmark, argv: Sequence[str] | None = None) -> Path:
         if arguments.device.type != "cuda":
             parser.error("--precision tf32 needs a GPU")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return parser, arguments
+
+
+def command(benchmark: Benchmark, argv: Sequence[str] | None = None) -> Path:
+    """The command line of a benchmark: measures, shows the table, writes JSON and PNG; interrupted, of the rows that it has.
+    Ends with an error where a side of ours failed its parity check."""
+    parser, arguments = command_line(benchmark, argv)
     settings = {name: _plain(value) for name, value in vars(arguments).items() if name != "results"}
     keep_memory()
     arguments.ceilings = ceilings(arguments.device, arguments.precision)

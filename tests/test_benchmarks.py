@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic, their command lines, and that what the README says is what was measured."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -248,16 +249,39 @@ def test_overhead_of_every_unit(tmp_path: Path):
 
 
 def test_stages_on_a_gpu_go_on_where_one_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    scripts = {"good": "print('all well')", "bad": "raise SystemExit('no GPU')", "slow": "import time; time.sleep(60)", "last": "print('done')"}
-    stages = [gpu.Stage(name, [sys.executable, "-c", script], 1 if name == "slow" else 60) for name, script in scripts.items()]
-    monkeypatch.setattr(gpu, "stages", lambda results: stages)
+    slow = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
+    scripts = {"good": "print('all well')", "bad": "raise SystemExit('no GPU')", "slow": slow, "last": "print('done')"}
+    stages = [gpu.Stage(name, [sys.executable, "-c", script], 4 if name == "slow" else 60) for name, script in scripts.items()]
+    monkeypatch.setattr(gpu, "stages", lambda results: [*stages, gpu.Stage("missing", "there is no such tool", 1)])
     monkeypatch.setattr(sys, "argv", ["gpu", "--logs", str(tmp_path / "logs")])
     with pytest.raises(SystemExit) as status:
         gpu.main()
     assert status.value.code == 1
-    verdicts = [" ".join(line.split()[1:3]) for line in capsys.readouterr().out.strip().splitlines()[-4:]]
-    assert verdicts[0].startswith("passed") and verdicts[1:3] == ["failed (1)", "given up"] and verdicts[3].startswith("passed")
+    *verdicts, missing = (" ".join(line.split()[1:]) for line in capsys.readouterr().out.strip().splitlines()[-5:])
+    assert [verdict.startswith(said) for verdict, said in zip(verdicts, ("passed", "failed (1)", "given up after 4 s", "passed"))] == [True] * 4
+    assert missing == "not run: there is no such tool"
     assert (tmp_path / "logs" / "bad.log").read_text() == "no GPU\n"
+    assert (tmp_path / "logs" / "slow.log").read_text() == "kept\n"
+
+
+def test_stages_on_a_gpu_share_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    stages = [gpu.Stage(name, [sys.executable, "-c", "import time; time.sleep(60)"], 60) for name in ("first", "second")]
+    monkeypatch.setattr(gpu, "stages", lambda results: [*stages, gpu.Stage("other", [sys.executable], 60)])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--logs", str(tmp_path), "--seconds", "1", "--stages", "first", "sec"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    verdicts = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert "given up after 1 s" in verdicts[0] and "second" in verdicts[1] and "no time left" in verdicts[1]
+
+
+def test_stages_on_a_gpu_are_commands_that_there_are(tmp_path: Path):
+    """Their options, too."""
+    for stage in gpu.stages(tmp_path):
+        if "-m" in stage.command and (module := stage.command[2]).startswith("benchmarks."):
+            _, arguments = harness.command_line(importlib.import_module(module).BENCHMARK, stage.command[3:])
+            assert arguments.device.type == "cuda" and arguments.results == tmp_path
+    named = {stage.name.partition(":")[0] for stage in gpu.stages(tmp_path)}
+    assert named == {"build", "tests", "passes", "units", "overhead", "cold start", "models", "sanitizer"}
 
 
 def test_every_native_operator_is_a_pass():

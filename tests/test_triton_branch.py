@@ -6,6 +6,7 @@ and what the kernels compile to, for GPUs that are not there; for one architectu
 
 import itertools
 import sys
+import time
 from typing import NamedTuple
 
 import pytest
@@ -15,7 +16,7 @@ pytest.importorskip("triton")
 
 from sk_fused.backends import triton
 from sk_fused.functional import ACTIVATIONS
-from sk_fused.kernels import branch
+from sk_fused.kernels import attend, branch, select, squeeze
 
 from .parity import LAYOUTS
 from .test_operators import run_python
@@ -196,6 +197,49 @@ def test_compiles_to_the_instructions_meant_and_hardly_spills(capability: int, p
         assert not spills(kernel), kernel
         has_products = kernel.name != "_moments_kernel" and kernel.call.channels != DEPTHWISE and kernel.call.precision != "ieee"
         assert kernel.products == (products if has_products else None), kernel
+
+
+def first_calls(training: bool) -> None:
+    """All that the first call of a new class of shapes launches, a unit of skresnext50's, on tensors without memory: every road, as they
+    are measured, and what comes with them. In training the backward too."""
+    B, C, M, groups, D = 256, 128, 2, 32, 32
+    x = torch.empty(B, C, 56, 56, dtype=torch.bfloat16, device="meta").to(memory_format=torch.channels_last)
+    convolution = x, [x.new_empty(C, C // groups, 3, 3) for _ in range(M)], 1, [1, 2], groups
+    vectors, d, act = [x.new_empty(C, dtype=torch.float32)] * M, x.new_empty(D, dtype=torch.float32), ("relu", 0.0)
+    fc_reduce, fc_select = d.new_empty(D, C), d.new_empty(M * C, D)
+    roads = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(branch, "_device", lambda device: branch._Device("a GPU", 132, 50 << 20))
+        patch.setattr(branch, "_take", lambda operator, convolution, ways, default: roads.update(ways))
+        if not training:
+            branch.unit(*convolution, *[vectors] * 4, 1e-5, fc_reduce, d, d, d, d, 1e-5, fc_select, *act)
+        else:
+            branch.branch(*convolution)
+        outputs = [road() for road in roads.values()]
+    if not training:
+        return
+    ys, *moments = outputs[0]
+    mean, r, scale, bias, pooled, K = squeeze.squeeze(ys, vectors, vectors, vectors, vectors, 1e-5, *act, 3)
+    a, s, reduced, *used = attend.attend(pooled, 56 * 56, fc_reduce, d, d, None, None, 1e-5, *act, fc_select, None)
+    v = select.select(ys, mean, scale, bias, a, *act)
+    da, R1, R2 = squeeze.select_backward_sums(v, ys, mean, scale, bias, *act)
+    ds, *_ = attend.attend_backward(da, a, s, reduced, fc_reduce, d, d, *used, 1e-5, True, *act, fc_select)
+    t, _, _, p, q = squeeze.fold_backward(a, ds, 56 * 56, R1, R2, *K, r, scale, B * 56 * 56)
+    select.select_backward(v, ys, mean, scale, bias, a, t, p, q, *act)
+
+
+@pytest.mark.parametrize(("training", "most"), [(False, 7), (True, 13)], ids=["eval", "training"])
+def test_first_call_takes_seconds(training: bool, most: int, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """By what it compiles, one kernel after the other; the time is printed."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    choices = chosen([training], 90, first_calls)
+    start = time.perf_counter()
+    for choice in choices:
+        compiled(*choice)
+    seconds = time.perf_counter() - start
+    print(f"\n{len(choices)} kernels compiled in {seconds:.1f} s:", *sorted(choice[2].__name__ for choice in choices))
+    assert 0 < len(choices) <= most
+    assert seconds < 60
 
 
 if __name__ == "__main__":

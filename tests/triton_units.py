@@ -1,10 +1,12 @@
 """Units on the Triton backend, against timm. tests/test_triton.py runs this file, with TRITON_INTERPRET=1."""
 
 import copy
+import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from torch import nn
 from triton.runtime.interpreter import GridExecutor
 
 import sk_fused
+from benchmarks import cases, harness, passes
+from sk_fused.backends import triton as backend
 
 from .parity import DTYPES, LAYOUTS, assert_parity, assert_within, batches, freeze, pair, step
 
@@ -144,3 +148,14 @@ def test_more_branches_than_the_kernels_take():
 def test_eight_branches():
     arguments = dict(in_channels=16, kernel_size=[3] * 8)
     assert_parity(*pair(**arguments), batches(1, (2, 16, 4, 4)))
+
+
+def test_passes_measures_every_operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What a GPU does with it, but for the speed: no operator fails its check, and each has a time."""
+    monkeypatch.setattr(backend, "why_not", lambda ys: None)
+    monkeypatch.setitem(passes.UNITS, "small", cases.Case(dict(in_channels=16, groups=4, split_input=False), 9))
+    monkeypatch.setattr(harness, "ceilings", lambda *_: {"copy_GBps": 1.0, "matrix_GFLOPs": 1.0})
+    benchmark = passes.BENCHMARK._replace(options=lambda parser: parser.set_defaults(units=["small"]))
+    result = json.loads(harness.command(benchmark, ["--batch", "2", "--seconds", "0", "--results", str(tmp_path)]).read_text())
+    timed = {row["pass"] for row in result["rows"] if row["backends"].get("sk_fused:triton", {}).get("median_ms", 0) > 0}
+    assert timed == passes.PASSES.keys() - {"convolutions"}
