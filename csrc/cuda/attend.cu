@@ -213,15 +213,16 @@ template <class A> __global__ __launch_bounds__(kThreads, 2) void _attend_backwa
   }
 }
 
-static std::string shape_of(int64_t B, int64_t M, int64_t C, int64_t D) {
-  return "B = " + std::to_string(B) + ", M = " + std::to_string(M) + ", C = " + std::to_string(C) + ", D = " + std::to_string(D);
+// Of the attention or its backward.
+template <class F> static std::string shape_of(const F& f) {
+  return "B = " + std::to_string(f.B) + ", M = " + std::to_string(f.M) + ", C = " + std::to_string(f.C) + ", D = " + std::to_string(f.D);
 }
 
 void attend(const Attend& f, Queue queue) {
   const int64_t groups = quotient(f.B, kRows);
   const int64_t blocks = std::max({quotient(f.B * f.C, kThreads), quotient(groups * f.D, kWarps), groups * quotient(f.C, kThreads)});
   dispatch_accumulate(f.type, [&]<class A>() {
-    launch<_attend_kernel<A>>("attend", shape_of(f.B, f.M, f.C, f.D), blocks, {.cooperative = true}, 0, queue, f);
+    launch<_attend_kernel<A>>("attend", f, blocks, {.cooperative = true}, 0, queue, f);
   });
 }
 
@@ -230,7 +231,7 @@ void attend_backward(const AttendBackward& f, Queue queue) {
   const int64_t products = (images + hidden) * quotient(f.C, kColumns) + hidden * quotient(f.M * f.C, kColumns);
   const int64_t blocks = std::max({quotient(f.B * f.C, kThreads), images * quotient(f.D, kWarp), products});
   dispatch_accumulate(f.type, [&]<class A>() {
-    launch<_attend_backward_kernel<A>>("attend_backward", shape_of(f.B, f.M, f.C, f.D), blocks, {.cooperative = true},
+    launch<_attend_backward_kernel<A>>("attend_backward", f, blocks, {.cooperative = true},
                                        (kRows + 1) * kThreads * sizeof(A), queue, f);
   });
 }

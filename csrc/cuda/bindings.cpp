@@ -460,9 +460,12 @@ Tensor unit_cuda(const Tensor& x, TensorList weights, int64_t stride, at::IntArr
   const Tensor v = at::empty(shape, x.options().memory_format(at::MemoryFormat::ChannelsLast));
   f.x = laid_out.const_data_ptr();
   f.v = v.mutable_data_ptr();
-  const Tensor scratch =
-      at::empty({unit_scratch(f, guard.queue.device)}, x.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
-  unit(f, scratch.mutable_data_ptr(), guard.queue);
+  Tensor scratch;
+  const auto allocate = [&](int64_t bytes) {
+    scratch = at::empty({bytes}, x.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
+    return scratch.mutable_data_ptr();
+  };
+  unit(f, allocate, guard.queue);
   return v.contiguous(layout(x));
 }
 

@@ -270,12 +270,21 @@ template <class A> __device__ __forceinline__ A sum_of_lanes(A x, int lanes) {
   return x;
 }
 
-// Throws what CUDA says of `kernel`.
-inline void check(cudaError_t error, const char* kernel, const std::string& where) {
+inline std::string shape_of(const Branches& ys) {
+  return "M = " + std::to_string(ys.M) + ", B = " + std::to_string(ys.B) + ", C = " + std::to_string(ys.C) +
+         ", H * W = " + std::to_string(ys.HW) + (ys.channels_last ? ", channels_last" : ", contiguous");
+}
+
+// Throws what CUDA says of `kernel`, and what `where()` does; a call without an error makes no words.
+template <class Where> void check(cudaError_t error, const char* kernel, const Where& where) {
   if (error == cudaSuccess) return;
   // The error is reported here, and not to the next one who asks.
   cudaGetLastError();
-  throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error) + where);
+  throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error) + ", " + where());
+}
+
+inline void take_device(const char* kernel, int device) {
+  check(cudaSetDevice(device), kernel, [&] { return "taking device " + std::to_string(device); });
 }
 
 // What a block may have of shared memory without asking for more.
@@ -283,7 +292,8 @@ constexpr size_t kSharedByDefault = 48 * 1024;
 
 inline int attribute_of_device(cudaDeviceAttr which, const char* kernel, int device) {
   int value = 0;
-  check(cudaDeviceGetAttribute(&value, which, device), kernel, ", asking for attribute " + std::to_string(which) + " of the device");
+  check(cudaDeviceGetAttribute(&value, which, device), kernel,
+        [&] { return "asking for attribute " + std::to_string(which) + " of the device"; });
   return value;
 }
 
@@ -294,7 +304,7 @@ template <auto kernel> void allow_shared(const char* name, size_t shared, int de
   if (shared <= kSharedByDefault || (device < 64 && allowed[device].load(std::memory_order_relaxed))) return;
   const int most = attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin, name, device);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name,
-        ", asking for " + std::to_string(most) + " bytes of shared memory");
+        [&] { return "asking for " + std::to_string(most) + " bytes of shared memory"; });
   if (device < 64) allowed[device].store(true, std::memory_order_relaxed);
 }
 
@@ -306,7 +316,8 @@ template <auto kernel> int resident_blocks(const char* name, size_t shared, int 
   if (latest >> 32 == shared && latest != 0) return static_cast<int>(latest & 0xffffffff);
   allow_shared<kernel>(name, shared, device);
   int per_processor = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, shared), name, ", counting resident blocks");
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, shared), name,
+        [] { return "counting resident blocks"; });
   const int blocks = attribute_of_device(cudaDevAttrMultiProcessorCount, name, device) * per_processor;
   if (device < 64) known[device].store(uint64_t{shared} << 32 | static_cast<uint64_t>(blocks), std::memory_order_relaxed);
   return blocks;
@@ -351,11 +362,11 @@ struct Together {
 };
 
 // Blocks for `items`, which a kernel takes in turns of gridDim.x; if all wait for each other, no more than the device holds; a kernel
-// of clusters, be they of one block, has a block for every item.
-template <auto kernel, class Parameters>
-void launch(const char* name, const std::string& shape, int64_t items, Together together, size_t shared, Queue queue,
+// of clusters, be they of one block, has a block for every item. shape_of(shaped) says what failed.
+template <auto kernel, class Shaped, class Parameters>
+void launch(const char* name, const Shaped& shaped, int64_t items, Together together, size_t shared, Queue queue,
             const Parameters& parameters) {
-  check(cudaSetDevice(queue.device), name, ", taking device " + std::to_string(queue.device));
+  take_device(name, queue.device);
   const int resident = resident_blocks<kernel>(name, shared, queue.device);
   const int64_t most = together.cluster > 0 ? items : together.cooperative ? resident : int64_t{resident} * 64;
   cudaLaunchAttribute attribute{};
@@ -372,13 +383,9 @@ void launch(const char* name, const std::string& shape, int64_t items, Together 
   config.stream = queue.stream;
   config.attrs = &attribute;
   config.numAttrs = together.cooperative || together.cluster > 0 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, parameters), name,
-        ", grid " + std::to_string(config.gridDim.x) + ", block " + std::to_string(kThreads) + ", " + shape);
-}
-
-inline std::string shape_of(const Branches& ys) {
-  return "M = " + std::to_string(ys.M) + ", B = " + std::to_string(ys.B) + ", C = " + std::to_string(ys.C) +
-         ", H * W = " + std::to_string(ys.HW) + (ys.channels_last ? ", channels_last" : ", contiguous");
+  check(cudaLaunchKernelEx(&config, kernel, parameters), name, [&] {
+    return "grid " + std::to_string(config.gridDim.x) + ", block " + std::to_string(kThreads) + ", " + shape_of(shaped);
+  });
 }
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }

@@ -134,6 +134,16 @@ template <class T, class Tile> struct Convolution {
     }
   }
 
+  // The two values of a lane in row h of a fragment.
+  static __device__ __forceinline__ uint32_t packed(const float (&c)[4], int h) {
+    T pair[2];
+    narrow(c[2 * h], pair[0]);
+    narrow(c[2 * h + 1], pair[1]);
+    uint32_t bits;
+    memcpy(&bits, pair, sizeof(bits));
+    return bits;
+  }
+
   // u of all branches: its first channel in `u`, branches and pixels so far apart; and its sums over branches and pixels, one a channel.
   // The block's threads are to meet before what comes next uses the shared memory.
   __device__ __forceinline__ void run(T* u, int64_t branch_step, int64_t pixel_step, float* sums) const {
@@ -196,15 +206,26 @@ template <class T, class Tile> struct Convolution {
 #pragma unroll
             for (int e = 0; e < 2; ++e) z[e] = (c[i][j][2 * h + e] - norms[e].mean) * norms[e].scale + norms[e].bias;
             activate(f.act.kind, static_cast<float>(f.act.negative_slope), z, value, k);
-            T pair[2];
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              pooled[j][e] += value[e];
-              narrow(value[e], pair[e]);
-            }
-            uint32_t bits;
-            memcpy(&bits, pair, sizeof(bits));
-            *reinterpret_cast<uint32_t*>(u + m * branch_step + own[i][h] * pixel_step + column) = bits;
+            for (int e = 0; e < 2; ++e) pooled[j][e] += c[i][j][2 * h + e] = value[e];
+          }
+      }
+      // Two neighbouring lanes have four values of a pixel in each of two tiles of 8 columns: each gives the other its half of one, so
+      // that a warp stores 32 bytes of every pixel, a whole sector of memory.
+      const bool odd = lane % 2 != 0;
+#pragma unroll
+      for (int j = 0; j < Tile::kAlong; j += 2) {
+        const int column = warp_column * Tile::kColumns + (j + odd) * 8 + lane % 4 / 2 * 4;
+        const bool there = first_channel + column < end_channel;
+#pragma unroll
+        for (int i = 0; i < Tile::kDown; ++i)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const uint32_t first = packed(c[i][j], h), second = packed(c[i][j + 1], h);
+            const uint32_t others = __shfl_xor_sync(kAllLanes, odd ? first : second, 1);
+            if (there && own[i][h] >= 0)
+              *reinterpret_cast<uint2*>(u + m * branch_step + own[i][h] * pixel_step + column) =
+                  odd ? uint2{others, second} : uint2{first, others};
           }
       }
     }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 struct CUstream_st;
 
@@ -122,8 +123,8 @@ struct Unit {
   Attend attention;
   void* v;
 };
-// Bytes that `unit` needs beside its operands on this device, at 16 bytes.
-int64_t unit_scratch(const Unit& f, int device);
-void unit(const Unit& f, void* scratch, Queue queue);
+// `allocate` gives memory of the device, of so many bytes and at a multiple of 16, that is nobody else's until the kernel ends; it is
+// asked at most once.
+void unit(const Unit& f, const std::function<void*(int64_t)>& allocate, Queue queue);
 
 }  // namespace sk::cuda

@@ -182,7 +182,7 @@ void branch_statistics(const Branches& ys, void* counts, void* means, void* squa
   dispatch(ys, whole_vectors(ys), [&]<class T, bool kChannelsLast, int V>() {
     const Statistics f{ys, geometry(ys, V), alike(ys.y[0], ys.y, ys.M), counts, means, squares, mean, var};
     const size_t shared = std::max(sizeof(double) * kThreads, sizeof(Accumulate<T>) * (2 * kThreads * V + kThreads) * kChannelsLast);
-    launch<_branch_statistics_kernel<T, kChannelsLast, V>>("branch_statistics", shape_of(ys), f.s.items(), {.cooperative = true}, shared,
+    launch<_branch_statistics_kernel<T, kChannelsLast, V>>("branch_statistics", ys, f.s.items(), {.cooperative = true}, shared,
                                                            queue, f);
   });
 }
@@ -361,7 +361,7 @@ template <int kSums, bool kWeighted> static void launch_squeeze(const char* name
   dispatch(f.ys, f.vectors && aligned(f.ys.y[0]), [&]<class T, bool kChannelsLast, int V>() {
     f.s = geometry(f.ys, V);
     const size_t shared = kChannelsLast ? sizeof(Accumulate<T>) * kThreads * V : 0;
-    launch<_squeeze_kernel<T, kChannelsLast, V, kSums, kWeighted>>(name, shape_of(f.ys), f.s.items(), {.cooperative = f.s.segments > 1},
+    launch<_squeeze_kernel<T, kChannelsLast, V, kSums, kWeighted>>(name, f.ys, f.s.items(), {.cooperative = f.s.segments > 1},
                                                                    shared, queue, f);
   });
 }
@@ -420,10 +420,13 @@ template <class A> __global__ __launch_bounds__(kThreads, 2) void _fold_backward
   }
 }
 
+static std::string shape_of(const FoldBackward& f) {
+  return "M = " + std::to_string(f.M) + ", B = " + std::to_string(f.B) + ", C = " + std::to_string(f.C);
+}
+
 void fold_backward(const FoldBackward& f, Queue queue) {
   dispatch_accumulate(f.type, [&]<class A>() {
-    const std::string shape = "M = " + std::to_string(f.M) + ", B = " + std::to_string(f.B) + ", C = " + std::to_string(f.C);
-    launch<_fold_backward_kernel<A>>("fold_backward", shape, f.M * quotient(f.C, kWarp), {}, 2 * kThreads * sizeof(A), queue, f);
+    launch<_fold_backward_kernel<A>>("fold_backward", f, f.M * quotient(f.C, kWarp), {}, 2 * kThreads * sizeof(A), queue, f);
   });
 }
 

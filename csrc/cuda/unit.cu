@@ -391,7 +391,7 @@ static void plan_ring(const Unit& f, int device, Plan& plan) {
 
 static Plan plan_of(const Unit& f, int device) {
   // What is asked of a kernel is asked of the current device.
-  check(cudaSetDevice(device), "unit", ", taking device " + std::to_string(device));
+  take_device("unit", device);
   Plan plan{};
   plan.cut = cut_of(f);
   plan.channels = plan.cut.outputs <= 16 ? 16 : plan.cut.outputs <= 32 ? 32 : 64;
@@ -413,15 +413,9 @@ struct Scratch {
   static int64_t whole(int64_t bytes) { return quotient(bytes, 16) * 16; }
 };
 
-int64_t unit_scratch(const Unit& f, int device) {
-  const Plan plan = plan_of(f, device);
+static void launch_ring(const Unit& f, const Plan& plan, const std::function<void*(int64_t)>& allocate, Queue queue) {
   const Scratch sizes(f, plan);
-  return plan.clustered ? 0 : sizes.counts + sizes.sums + sizes.a + sizes.u;
-}
-
-static void launch_ring(const Unit& f, const Plan& plan, void* scratch, Queue queue) {
-  const Scratch sizes(f, plan);
-  auto* const bytes = static_cast<unsigned char*>(scratch);
+  auto* const bytes = static_cast<unsigned char*>(allocate(sizes.counts + sizes.sums + sizes.a + sizes.u));
   auto* const counts = reinterpret_cast<unsigned*>(bytes);
   Ring ring{};
   ring.unit = f;
@@ -439,22 +433,21 @@ static void launch_ring(const Unit& f, const Plan& plan, void* scratch, Queue qu
   ring.a = reinterpret_cast<float*>(bytes + sizes.counts + sizes.sums);
   ring.u = bytes + sizes.counts + sizes.sums + sizes.a;
   if (ring.items >= int64_t{1} << 31) refuse(f, "too much for one launch");
-  check(cudaMemsetAsync(counts, 0, sizes.counts, queue.stream), "unit", ", setting its counters to 0, " + shape_of(f));
+  check(cudaMemsetAsync(counts, 0, sizes.counts, queue.stream), "unit", [&] { return "setting its counters to 0, " + shape_of(f); });
   with_type(f.type, [&]<class T>() {
     with_tile(plan.pixels, plan.channels, [&]<class Tile>() {
-      launch<_unit_kernel<T, Tile>>("unit", shape_of(f), std::min<int64_t>(ring.items, plan.blocks), {}, plan.shared, queue, ring);
+      launch<_unit_kernel<T, Tile>>("unit", f, std::min<int64_t>(ring.items, plan.blocks), {}, plan.shared, queue, ring);
     });
   });
 }
 
-void unit(const Unit& f, void* scratch, Queue queue) {
+void unit(const Unit& f, const std::function<void*(int64_t)>& allocate, Queue queue) {
   const Plan plan = plan_of(f, queue.device);
-  if (!plan.clustered) return launch_ring(f, plan, scratch, queue);
+  if (!plan.clustered) return launch_ring(f, plan, allocate, queue);
   const Clustered clustered{f, plan.cut, plan.blocks, plan.share};
   with_type(f.type, [&]<class T>() {
     with_tile(plan.pixels, plan.channels, [&]<class Tile>() {
-      launch<_unit_in_cluster_kernel<T, Tile>>("unit", shape_of(f), f.B * plan.blocks, {.cluster = plan.blocks}, plan.shared, queue,
-                                               clustered);
+      launch<_unit_in_cluster_kernel<T, Tile>>("unit", f, f.B * plan.blocks, {.cluster = plan.blocks}, plan.shared, queue, clustered);
     });
   });
 }
