@@ -57,7 +57,6 @@ def figure(result: dict, path: Path) -> None:
         top1.plot(range(1, len(row["top1"]) + 1), row["top1"], **look)
     losses.set(xlabel="update", ylabel="loss", yscale="log")
     top1.set(xlabel="epoch", ylabel="top-1 on held-out digits, %")
-    top1.axhline(97, color="black", linewidth=0.8, linestyle=":")
     seeds = len({row["seed"] for row in result["rows"]})
     figures.finish(page, f"A small skresnet18 learns digits, fused and unfused, {seeds} seeds", harness.source(result), path, losses)
 

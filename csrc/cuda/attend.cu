@@ -6,8 +6,8 @@
 
 namespace sk::cuda {
 
-// As many rows share what is read of a matrix.
-constexpr int kRows = 4;
+// As many rows share what is read of a matrix, of which a block has so many columns.
+constexpr int kRows = 4, kColumns = 64;
 
 __device__ __forceinline__ int64_t thread_of_grid() { return int64_t{blockIdx.x} * kThreads + threadIdx.x; }
 __device__ __forceinline__ int64_t threads_of_grid() { return int64_t{gridDim.x} * kThreads; }
@@ -66,35 +66,28 @@ template <class A> __global__ __launch_bounds__(kThreads, 2) void _attend_kernel
   }
   wait_for_grid();
 
-  const int64_t tiles = (f.C + kThreads - 1) / kThreads;
+  // Of as many images: a warp has the logits of one channel of a branch, a thread the softmax of one channel of an image.
+  const int64_t tiles = (f.C + kColumns - 1) / kColumns;
   for (int64_t item = blockIdx.x; item < groups * tiles; item += gridDim.x) {
-    const int64_t c = item % tiles * kThreads + threadIdx.x, b = item / tiles * kRows;
-    if (c >= f.C) continue;
-    A largest[kRows];
-    for (int64_t m = 0; m < f.M; ++m) {
+    const int64_t first = item % tiles * kColumns, b = item / tiles * kRows, images = f.B - b < kRows ? f.B - b : kRows;
+    for (int64_t i = threadIdx.x / kWarp; i < f.M * kColumns; i += kWarps) {
+      const int64_t m = i / kColumns, c = first + i % kColumns;
+      if (c >= f.C) continue;
       A logits[kRows] = {};
-      sum_in_blocks(0, f.D, 1, logits, [&](int64_t d, A(&part)[kRows]) {
-        const A w = at<A>(f.fc_select, (m * f.C + c) * f.D + d);
-#pragma unroll
-        for (int r = 0; r < kRows; ++r)
-          if (b + r < f.B) part[r] += w * hidden[(b + r) * f.D + d];
-      });
+      logits_of(f.fc_select, m * f.C + c, f.D, hidden + b * f.D, images, logits);
       const A bias = f.select_bias.data == nullptr ? A(0) : at<A>(f.select_bias, m * f.C + c);
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        logits[r] += bias;
-        largest[r] = m == 0 || logits[r] > largest[r] ? logits[r] : largest[r];
-        if (b + r < f.B) a[((b + r) * f.M + m) * f.C + c] = logits[r];
-      }
+      for (int r = 0; r < kRows; ++r)
+        if (lane == 0 && r < images) a[((b + r) * f.M + m) * f.C + c] = logits[r] + bias;
     }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      if (b + r < f.B) softmax(a + (b + r) * f.M * f.C + c, f.M, f.C, largest[r]);
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < images * kColumns; i += kThreads)
+      if (first + i % kColumns < f.C) softmax(a + (b + i / kColumns) * f.M * f.C + first + i % kColumns, f.M, f.C);
   }
 }
 
-// Columns of one product: 64 of them by 4 slices of what is summed over.
-constexpr int kColumns = 64, kSlices = kThreads / kColumns;
+// Of what is summed over in a product, where a block has all its columns.
+constexpr int kSlices = kThreads / kColumns;
 
 // out[row * row_step + column * column_step] = sum_k left[row * left_row + k * left_k] right[k * columns + column], of kRows rows from
 // `row` on and of kColumns columns; with `sums`, those of the columns of `right` as well.
@@ -220,7 +213,7 @@ template <class F> static std::string shape_of(const F& f) {
 
 void attend(const Attend& f, Queue queue) {
   const int64_t groups = quotient(f.B, kRows);
-  const int64_t blocks = std::max({quotient(f.B * f.C, kThreads), quotient(groups * f.D, kWarps), groups * quotient(f.C, kThreads)});
+  const int64_t blocks = std::max({quotient(f.B * f.C, kThreads), quotient(groups * f.D, kWarps), groups * quotient(f.C, kColumns)});
   dispatch_accumulate(f.type, [&]<class A>() {
     launch<_attend_kernel<A>>("attend", f, blocks, {.cooperative = true}, 0, queue, f);
   });

@@ -48,13 +48,6 @@ template <class T, class Tile> __device__ __forceinline__ void convolve(const Ri
            f.sums + (slot * f.cut.pixel_tiles() + pixel_tile) * C + tile.first_channel);
 }
 
-// The logit of channel i of M * C.
-__device__ __forceinline__ float logit(const Attend& f, int64_t i, const float* hidden) {
-  float total[1] = {};
-  sum_in_blocks(0, f.D, 1, total, [&](int64_t d, float (&part)[1]) { part[0] += at<float>(f.fc_select, i * f.D + d) * hidden[d]; });
-  return total[0];
-}
-
 __device__ __forceinline__ float hidden_of(const Attend& f, int64_t d, float reduced) {
   return Column<float>(f, d, at<float>(f.given_mean, d), at<float>(f.given_var, d)).act(reduced);
 }
@@ -79,15 +72,14 @@ __device__ __forceinline__ void attend_to(const Ring& f, int64_t b) {
     if (lane == 0) hidden[d] = hidden_of(attention, d, reduced);
   }
   __syncthreads();
-  for (int64_t c = threadIdx.x; c < C; c += kThreads) {
-    float* const a = f.a + slot * f.unit.M * C + c;
-    float largest = 0;
-    for (int m = 0; m < f.unit.M; ++m) {
-      a[m * C] = logit(attention, m * C + c, hidden);
-      largest = m == 0 || a[m * C] > largest ? a[m * C] : largest;
-    }
-    softmax<float>(a, f.unit.M, C, largest);
+  float* const a = f.a + slot * f.unit.M * C;
+  for (int64_t row = threadIdx.x / kWarp; row < f.unit.M * C; row += kWarps) {
+    float total[1] = {};
+    logits_of(attention.fc_select, row, D, hidden, 1, total);
+    if (lane == 0) a[row] = total[0];
   }
+  __syncthreads();
+  for (int64_t c = threadIdx.x; c < C; c += kThreads) softmax(a + c, f.unit.M, C);
 }
 
 // v = sum_m a_m u_m for kThreads * kSelected vectors of an image.
@@ -259,16 +251,16 @@ template <class T, class Tile> __global__ __launch_bounds__(kThreads, 2) void _u
   // Nobody ends as long as another may read what it has.
   wait_for_cluster();
 
-  for (int column = threadIdx.x; column < columns; column += kThreads) {
-    const int64_t c = channel_of(column);
+  for (int i = threadIdx.x / kWarp; i < M * columns; i += kWarps) {
+    const int64_t c = channel_of(i % columns);
     if (c < 0) continue;
-    float largest = 0;
-    for (int m = 0; m < M; ++m) {
-      a[m * columns + column] = logit(attention, m * C + c, hidden);
-      largest = m == 0 || a[m * columns + column] > largest ? a[m * columns + column] : largest;
-    }
-    softmax<float>(a + column, M, columns, largest);
+    float total[1] = {};
+    logits_of(attention.fc_select, i / columns * C + c, D, hidden, 1, total);
+    if (lane == 0) a[i] = total[0];
   }
+  __syncthreads();
+  for (int column = threadIdx.x; column < columns; column += kThreads)
+    if (channel_of(column) >= 0) softmax(a + column, M, columns);
   __syncthreads();
 
   constexpr int V = 8;
