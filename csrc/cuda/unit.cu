@@ -4,11 +4,11 @@
 // attention, the blocks exchange their shares of the reduced descriptor.
 //
 // Others: u lives in a ring of a few images that stays in the L2 cache. The work is a list of items in a fixed order: step i of it has the
-// convolution tiles of image i and then the parts of the selection of image i - lag. Blocks take the items one after the other by a
-// counter. Whoever finishes the last convolution tile of an image computes its attention. So
+// convolutions of image i, a tile or a few, and then the parts of the selection of image i - lag. Blocks take the items one after the
+// other by a counter. Whoever finishes the last convolution of an image computes its attention. So
 //
-//   a part of the selection of image b waits for the convolution tiles of b, of which one computes the attention;
-//   a convolution tile of image b waits for the parts of the selection of image b - slots, whose place in the ring it takes.
+//   a part of the selection of image b waits for the convolutions of b, of which one computes the attention;
+//   a convolution of image b waits for the parts of the selection of image b - slots, whose place in the ring it takes.
 //
 // lag < slots, so both wait for items that come before them in the list alone, and those have been taken, by blocks that run. Of all
 // items that are not finished the first therefore waits for nobody: it ends, and so does every one after it, however many blocks the
@@ -26,26 +26,40 @@ constexpr int kSelected = 4;
 struct Ring {
   Unit unit;
   Cut cut;
-  // Images that have a place; how many images later the selection comes. Items of one image, convolution tiles and parts of the
-  // selection; all items.
-  int slots, lag;
-  int64_t tiles, parts, items;
+  // Images that have a place; how many images later the selection comes; channel tiles of one item. Items of one image, convolutions and
+  // parts of the selection; all items.
+  int slots, lag, share;
+  int64_t convolutions, parts, items;
   // Of every slot: u, T (M, H', W', C); sums over the pixels of a tile (pixel tiles, C); the attention (M, C).
   void* u;
   float *sums, *a;
-  // The next item; of every image its finished convolution tiles, whether its attention is there, its finished parts of the selection.
+  // The next item; of every image its finished convolutions, whether its attention is there, its finished parts of the selection.
   unsigned *next, *convolved, *attended, *selected;
 };
 
 // What comes first in the shared memory: the item, and what a count was.
 constexpr int kItemBytes = 16;
 
+// Whether an item may be several tiles of so many channels. One of 64 is work enough, and there are no registers for a loop around it.
+__host__ __device__ constexpr bool several(int channels) { return channels < 64; }
+
 template <class T, class Tile> __device__ __forceinline__ void convolve(const Ring& f, int64_t b, int index) {
-  const int tiles = f.cut.channel_tiles(), pixel_tile = index / tiles;
-  const Convolution<T, Tile> tile(f.unit, f.cut, b, pixel_tile, index % tiles, shared_memory<unsigned char>() + kItemBytes);
+  const int tiles = f.cut.channel_tiles();
   const int64_t slot = b % f.slots, C = f.unit.C, values = f.cut.area() * C;
-  tile.run(static_cast<T*>(f.u) + slot * f.unit.M * values + tile.first_channel, values, C,
-           f.sums + (slot * f.cut.pixel_tiles() + pixel_tile) * C + tile.first_channel);
+  const auto convolve_tile = [&](int pixel_tile, int channel_tile) {
+    const Convolution<T, Tile> tile(f.unit, f.cut, b, pixel_tile, channel_tile, shared_memory<unsigned char>() + kItemBytes);
+    tile.run(static_cast<T*>(f.u) + slot * f.unit.M * values + tile.first_channel, values, C,
+             f.sums + (slot * f.cut.pixel_tiles() + pixel_tile) * C + tile.first_channel);
+  };
+  if constexpr (several(Tile::kChannels)) {
+    const int items = (tiles + f.share - 1) / f.share, first = index % items * f.share;
+    for (int i = first; i < first + f.share && i < tiles; ++i) {
+      if (i > first) __syncthreads();
+      convolve_tile(index / items, i);
+    }
+  } else {
+    convolve_tile(index / tiles, index % tiles);
+  }
 }
 
 __device__ __forceinline__ float hidden_of(const Attend& f, int64_t d, float reduced) {
@@ -123,21 +137,21 @@ struct Item {
 
   // Steps 0 ... lag - 1 convolve, the next ones do both, the last `lag` select.
   __device__ __forceinline__ Item(const Ring& f, int64_t i) {
-    const int64_t tiles = f.tiles, parts = f.parts, lag = f.lag;
-    int64_t step = i / tiles, rest = i % tiles;
+    const int64_t convolutions = f.convolutions, parts = f.parts, lag = f.lag;
+    int64_t step = i / convolutions, rest = i % convolutions;
     if (step >= lag) {
-      i -= lag * tiles;
-      step = lag + i / (tiles + parts);
-      rest = i % (tiles + parts);
+      i -= lag * convolutions;
+      step = lag + i / (convolutions + parts);
+      rest = i % (convolutions + parts);
       if (step >= f.unit.B) {
-        i -= (f.unit.B - lag) * (tiles + parts);
+        i -= (f.unit.B - lag) * (convolutions + parts);
         step = f.unit.B + i / parts;
-        rest = tiles + i % parts;
+        rest = convolutions + i % parts;
       }
     }
-    convolves = rest < tiles;
+    convolves = rest < convolutions;
     image = convolves ? step : step - lag;
-    index = convolves ? rest : rest - tiles;
+    index = convolves ? rest : rest - convolutions;
   }
 
   __device__ __forceinline__ void wait(const Ring& f) const {
@@ -173,7 +187,7 @@ template <class T, class Tile> __global__ __launch_bounds__(kThreads, 2) void _u
     const Item item(f, taken);
     if (item.convolves) {
       convolve<T, Tile>(f, item.image, static_cast<int>(item.index));
-      if (finish(f.convolved + item.image) + 1 == f.tiles) {
+      if (finish(f.convolved + item.image) + 1 == f.convolutions) {
         attend_to(f, item.image);
         finish(f.attended + item.image);
       }
@@ -310,8 +324,10 @@ struct Plan {
   int pixels, channels;
   int64_t shared;
   Cut cut;
-  // Of the cluster: blocks, and channel tiles of each. Of the ring: blocks that the device holds, slots.
+  // Of the cluster: blocks, and channel tiles of each. Of the ring: blocks that the device holds, channel tiles of an item, slots.
   int blocks, share, slots;
+  // Items of an image that convolve.
+  int64_t convolutions() const { return cut.pixel_tiles() * quotient(cut.channel_tiles(), share); }
 };
 
 static Cut cut_of(const Unit& f) {
@@ -375,9 +391,16 @@ static void plan_ring(const Unit& f, int device, Plan& plan) {
     with_tile(plan.pixels, plan.channels,
               [&]<class Tile>() { plan.blocks = resident_blocks<_unit_kernel<T, Tile>>("unit", plan.shared, device); });
   });
+  // To take an item and to say that it is done costs about as much as so many multiplications; no more tiles than leave two items for
+  // every block.
+  constexpr int64_t kWorthwhile = 5 << 20;
+  const int64_t tile = int64_t{plan.pixels} * plan.channels * kTaps * cut.inputs * f.M, tiles = cut.channel_tiles();
+  const int64_t most_tiles = several(plan.channels) ? tiles : 1;
+  const int64_t share = std::min({most_tiles, kWorthwhile / tile, f.B * cut.pixel_tiles() * tiles / (2 * plan.blocks)});
+  plan.share = static_cast<int>(quotient(tiles, quotient(tiles, std::max<int64_t>(1, share))));
   // Half of the L2 cache: x, v and the weights go through it as well.
   const int64_t cache = attribute_of_device(cudaDevAttrL2CacheSize, "unit", device), room = std::max<int64_t>(2, cache / 2 / (f.M * cut.area() * f.C * 2));
-  const int64_t wanted = quotient(plan.blocks, int64_t{cut.pixel_tiles()} * cut.channel_tiles()) + 1;
+  const int64_t wanted = quotient(plan.blocks, plan.convolutions()) + 1;
   plan.slots = static_cast<int>(std::min({f.B, room, 2 * wanted}));
 }
 
@@ -414,9 +437,10 @@ static void launch_ring(const Unit& f, const Plan& plan, const std::function<voi
   ring.cut = plan.cut;
   ring.slots = plan.slots;
   ring.lag = plan.slots / 2;
-  ring.tiles = int64_t{plan.cut.pixel_tiles()} * plan.cut.channel_tiles();
+  ring.share = plan.share;
+  ring.convolutions = plan.convolutions();
   ring.parts = quotient(plan.cut.area() * f.C, 8 * kThreads * kSelected);
-  ring.items = f.B * (ring.tiles + ring.parts);
+  ring.items = f.B * (ring.convolutions + ring.parts);
   ring.next = counts;
   ring.convolved = counts + 1;
   ring.attended = ring.convolved + f.B;
