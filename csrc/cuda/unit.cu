@@ -396,7 +396,7 @@ static void plan_ring(const Unit& f, int device, Plan& plan) {
   constexpr int64_t kWorthwhile = 5 << 20;
   const int64_t tile = int64_t{plan.pixels} * plan.channels * kTaps * cut.inputs * f.M, tiles = cut.channel_tiles();
   const int64_t most_tiles = several(plan.channels) ? tiles : 1;
-  const int64_t share = std::min({most_tiles, kWorthwhile / tile, f.B * cut.pixel_tiles() * tiles / (2 * plan.blocks)});
+  const int64_t share = std::min({most_tiles, kWorthwhile / tile, f.B * cut.pixel_tiles() * tiles / std::max(1, 2 * plan.blocks)});
   plan.share = static_cast<int>(quotient(tiles, quotient(tiles, std::max<int64_t>(1, share))));
   // Half of the L2 cache: x, v and the weights go through it as well.
   const int64_t cache = attribute_of_device(cudaDevAttrL2CacheSize, "unit", device), room = std::max<int64_t>(2, cache / 2 / (f.M * cut.area() * f.C * 2));
