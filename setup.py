@@ -1,8 +1,8 @@
 """Builds the native extension; everything else stands in pyproject.toml.
 
 SK_FUSED_NATIVE=0 leaves the extension out: a pure Python package that runs the reference. The extension has CUDA kernels where
-there is an nvcc, on the path or in CUDA_HOME; no GPU is needed for that. SK_FUSED_CUDA=0 leaves them out. SK_FUSED_WERROR=1 makes
-errors of nvcc's warnings: for tests, since another version may have others.
+there is an nvcc, on the path or in CUDA_HOME; no GPU is needed for that. SK_FUSED_CUDA=0 leaves them out, SK_FUSED_CUDA="90a" builds
+for that architecture alone. SK_FUSED_WERROR=1 makes errors of nvcc's warnings: for tests, since another version may have others.
 """
 
 import os
@@ -33,7 +33,10 @@ class Nvcc:
         self.major = int(re.search(r"release (\d+)\.", self._run("--version").stdout)[1])
         known = self._run("--list-gpu-code").stdout.split()
         # 90a and its like are not listed by every version that knows them.
-        self.architectures = [arch for arch in ARCHITECTURES if f"sm_{arch.rstrip('a')}" in known]
+        wanted = os.environ.get("SK_FUSED_CUDA", "1").split()
+        self.architectures = [arch for arch in ARCHITECTURES if f"sm_{arch.rstrip('a')}" in known and (wanted == ["1"] or arch in wanted)]
+        if not self.architectures:
+            raise RuntimeError(f"SK_FUSED_CUDA: expected 0, 1 or some of {' '.join(ARCHITECTURES)}, as {nvcc} knows them, got {' '.join(wanted)}")
 
     def _run(self, *arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run([self.nvcc, *arguments], check=True, capture_output=True, text=True)
@@ -57,7 +60,7 @@ class Nvcc:
         for arch in self.architectures:
             flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
         sources = sorted(Path("csrc/cuda").glob("*.cu"))
-        objects = [folder / f"{source.stem}.o" for source in sources]
+        objects = [folder / f"{source.stem}-{'-'.join(self.architectures)}.o" for source in sources]
 
         def make(source: Path, output: Path) -> None:
             if not output.exists() or output.stat().st_mtime < max(newest_header, source.stat().st_mtime):

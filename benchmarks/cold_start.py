@@ -14,13 +14,13 @@ KINDS = ("eager", "compile, cache cold", "compile, cache warm")
 
 
 def rows(arguments: Namespace) -> Iterator[dict]:
-    measured: dict[tuple[str, str], list[dict[str, float]]] = {(side, kind): [] for side in PAIR for kind in KINDS}
+    measured: dict[tuple[str, str], list[dict[str, float]]] = {(side, kind): [] for side in PAIR for kind in arguments.kinds}
     for _ in harness.progress(range(arguments.rounds), "rounds"):
         for side in PAIR:
             with tempfile.TemporaryDirectory() as cache:
                 # The last two are Triton's, and what was measured to be the faster road.
                 environment = dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "SK_FUSED_CACHE"), cache)
-                for kind in KINDS:
+                for kind in arguments.kinds:
                     process = "benchmarks.stages:stages", side, kind != "eager", arguments.device.type
                     measured[side, kind].append(harness.in_new_process(*process, environment=environment))
     for (side, kind), runs in measured.items():
@@ -37,6 +37,7 @@ def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def options(parser: ArgumentParser) -> None:
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help="of %(choices)s (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="processes of each kind (default: %(default)s)")
 
 

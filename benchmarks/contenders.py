@@ -29,6 +29,10 @@ class Contender(NamedTuple):
     # It does not compute on PyTorch's threads.
     own_threads: bool = False
 
+    def in_layouts(self, layouts: Collection[str]) -> "Contender":
+        """In those of these alone."""
+        return self._replace(layouts=[layout for layout in self.layouts if layout in layouts])
+
 
 class Convolutions(nn.Module):
     """The branches' convolutions of a unit and nothing else."""

@@ -158,12 +158,12 @@ def race(
     """The parity gate, then the interleaved rounds of all that passed.
 
     `entries` are keyed by side and layout. Each is checked against `exact` (float64) beside what `base` has in its
-    layout. If a side of ours fails there are no timings at all. Timed as `clock` says. A side is quoted in its fastest layout:
+    layout; what fails is not timed. Timed as `clock` says. A side is quoted in its fastest layout:
     {best, median_ms, quartiles_ms, rounds, max_error, ratio: {side of `against`: quartiles}, layouts}; or {error} with the
     reason why it could not run, or must not be timed.
     """
     record: dict[str, dict] = {side: {"layouts": {}} for side, _ in entries}
-    runs, checked, failed = {}, {}, False
+    runs, checked = {}, {}
     # The base first: the others are checked beside it.
     for (side, layout), entry in sorted(entries.items(), key=lambda item: item[0][0] != base):
         try:
@@ -187,12 +187,11 @@ def race(
             figures["max_error"] = error_of(results[0], exact[0])
             if wrong:
                 figures["error"] = f"parity failed: {wrong[0]}"
-                failed |= entry.factor <= OURS
                 continue
         runs[side, layout] = step.run
     # Threads wait actively for a while after their work, and would keep the cores from those of another runtime.
     rest = 0.02 if any(entry.own_threads for entry in entries.values()) else 0.0
-    times = {} if failed else interleaved(runs, seconds, device, rest=rest, of_host=of_host)
+    times = interleaved(runs, seconds, device, rest=rest, of_host=of_host)
     for key, values in times.items():
         low, median, high = quartiles(values)
         record[key[0]]["layouts"][key[1]] |= {"median_ms": median, "quartiles_ms": [low, high], "rounds": len(values)}
@@ -203,7 +202,7 @@ def race(
             figures |= {"best": best, **timed[best]}
         else:
             errors = [f["error"] for f in figures["layouts"].values() if "error" in f]
-            figures["error"] = errors[0] if errors else "not timed: parity failed beside it"
+            figures["error"] = errors[0]
     for side, figures in record.items():
         figures["ratio"] = {
             other: ratios(times[side, figures["best"]], times[other, record[other]["best"]])
@@ -361,10 +360,10 @@ def command_line(benchmark: Benchmark, argv: Sequence[str] | None = None) -> tup
     if parser.parse_known_args(argv)[0].quick:
         parser.set_defaults(**benchmark.quick)
     arguments = parser.parse_args(argv)
-    if arguments.precision == "tf32":
-        if arguments.device.type != "cuda":
-            parser.error("--precision tf32 needs a GPU")
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if arguments.precision == "tf32" and arguments.device.type != "cuda":
+        parser.error("--precision tf32 needs a GPU")
+    # PyTorch's convolutions take it unless they are told not to.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arguments.precision == "tf32"
     return parser, arguments
 
 
@@ -376,14 +375,14 @@ def command(benchmark: Benchmark, argv: Sequence[str] | None = None) -> Path:
     keep_memory()
     arguments.ceilings = ceilings(arguments.device, arguments.precision)
     rows: list[dict] = []
+    failure = None
     try:
         rows.extend(benchmark.rows(arguments))
-    except KeyboardInterrupt:
-        console.print(f"interrupted: the {len(rows)} rows measured so far are kept")
-        settings["interrupted"] = True
+    except (KeyboardInterrupt, Exception) as error:
+        failure = None if isinstance(error, KeyboardInterrupt) else error
+        console.print(f"{type(error).__name__}: the {len(rows)} rows measured so far are kept")
+        settings["interrupted"] = f"{type(error).__name__}: {error}".split("\n")[0] if failure else True
     result = {"environment": environment(arguments.device), "settings": settings, "ceilings": arguments.ceilings, "rows": rows}
-    header, cells = benchmark.table(rows)
-    show(f"{benchmark.title}\n{source(result)}", header, cells)
     # What is not the usual run is kept apart.
     unusual = {
         f"-batch-{arguments.batch}": arguments.batch != parser.get_default("batch"),
@@ -394,10 +393,14 @@ def command(benchmark: Benchmark, argv: Sequence[str] | None = None) -> Path:
     path = arguments.results / folder_of(result["environment"]["device"]) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    failed = parity_failed(rows)
-    if benchmark.figure and not failed:
-        benchmark.figure(result, path.with_suffix(".png"))
     console.print(f"written: {path}")
+    if failure:
+        raise failure
+    header, cells = benchmark.table(rows)
+    show(f"{benchmark.title}\n{source(result)}", header, cells)
+    failed = parity_failed(rows)
+    if benchmark.figure and rows and not failed:
+        benchmark.figure(result, path.with_suffix(".png"))
     if failed:
         raise SystemExit("parity failed: " + "; ".join(failed))
     return path

@@ -77,7 +77,9 @@ def rows(arguments: Namespace) -> Iterator[dict]:
         row = {"model": name, "parameters": sum(p.numel() for p in model.parameters())}
         for mode in modes:
             reference = exact(model, x, g, mode, settings)
-            ours, theirs = ({side: _in_layout(known[side], side) for side in arguments.contenders if side in known} for known in (CONTENDERS, TWINS))
+            ours, theirs = (
+                {side: _in_layout(known[side], side).in_layouts(arguments.layouts) for side in arguments.contenders if side in known} for known in (CONTENDERS, TWINS)
+            )
             runs = entries(ours, model, x, g, mode, settings) | entries(theirs, twin, x, g, mode, settings)
             row[mode] = harness.race(runs, reference, arguments.seconds, arguments.device, against=arguments.contenders)
             if harness.parity_failed(row[mode]):
@@ -106,10 +108,17 @@ def _cells(row: dict) -> list[str]:
     if harness.parity_failed(row):
         return [*cells, "parity failed", *[""] * 4]
     for mode in MODES:
-        cells.append(f"{row[mode]['sk_fused']['median_ms']:.0f} ({row[mode]['sk_fused']['ratio']['timm'][1]:.2f})" if mode in row else "–")
+        ratio = _ratio(row, mode)
+        cells.append(f"{row[mode]['sk_fused']['median_ms']:.0f} ({ratio:.2f})" if ratio else "–")
     theirs, ours = row.get("bytes_kept", {}).values() or (None, None)
     cells.append(f"{ours / 1e6:.0f} ({ours / theirs:.2f})" if theirs else "–")
     return [*cells, *(f"{_tax(row, mode, 'timm')} → {_tax(row, mode, 'sk_fused')}" for mode in MODES)]
+
+
+def _ratio(row: dict, mode: str) -> float | None:
+    """sk_fused's time to timm's, if both were timed."""
+    ratio = row.get(mode, {}).get("sk_fused", {}).get("ratio", {}).get("timm")
+    return ratio and ratio[1]
 
 
 def _tax(row: dict, mode: str, side: str) -> str:
@@ -130,8 +139,8 @@ def figure(result: dict, path: Path) -> None:
     """What fusing changes: the ratios to timm eager of time and memory."""
     rows = result["rows"]
     page, (axes,) = figures.page(height=4.0, width=max(7.5, 2.2 * len(rows)))
-    series = {title: [row[mode]["sk_fused"]["ratio"]["timm"][1] for row in rows] for mode, title in MODES.items() if mode in rows[0]}
-    if "bytes_kept" in rows[0]:
+    series = {title: [_ratio(row, mode) for row in rows] for mode, title in MODES.items() if mode in rows[0]}
+    if all("bytes_kept" in row for row in rows):
         series["bytes kept for the backward"] = [row["bytes_kept"]["sk_fused"] / row["bytes_kept"]["timm"] for row in rows]
     figures.bars(axes, [row["model"] for row in rows], series)
     axes.axhline(1, color="black", linewidth=0.9, linestyle="--")
@@ -172,6 +181,7 @@ def tax_figure(result: dict, path: Path) -> None:
 def options(parser: ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", choices=NETWORKS, default=list(MAIN), help="timm's names")
     parser.add_argument("--contenders", nargs="+", choices=SIDES, default=["timm", "sk_fused", "plain"], help="who takes part (of %(choices)s; default: %(default)s); plain is the twin", metavar="SIDE")
+    parser.add_argument("--layouts", nargs="+", choices=harness.LAYOUTS, default=list(harness.LAYOUTS), help="of the images (default: both)")
     parser.add_argument("--tax", action="store_true", help="all five networks and all contenders, unless others are named; writes tax.json")
     parser.set_defaults(seconds=30.0, modes=list(MODES))
 

@@ -115,6 +115,8 @@ def rows(arguments: Namespace) -> Iterator[dict]:
         inputs = {layout: Inputs(case, arguments.batch, device, dtype, layout) for layout in LAYOUTS}
         exact_inputs = Inputs(case, arguments.batch, device, torch.float64, "contiguous")
         # Both start from the values that the smaller dtype can hold.
+        exact_inputs.convolved[0].copy_(inputs["contiguous"].convolved[0])
+        exact_inputs.convolutions.load_state_dict(inputs["contiguous"].convolutions.state_dict())
         exact_inputs.ys, exact_inputs.g = [y.double() for y in inputs["contiguous"].ys], inputs["contiguous"].g.double()
         values, x_values = case.branch_values(arguments.batch), exact_inputs.convolved[0].numel()
         for title, operator in PASSES.items():

@@ -13,10 +13,14 @@ from .contenders import CONTENDERS, Settings, entries, exact, kept, passes
 from .harness import LAYOUTS, MODES, PAIR, Benchmark
 
 
+# What a ratio is taken to; as CUDA graphs, on a GPU, to what is one.
+AGAINST = ("timm", "convolutions", "timm:graph", "convolutions:graph")
+
+
 def rows(arguments: Namespace) -> Iterator[dict]:
     names = list(UNITS) if arguments.units == ["all"] else arguments.units
     settings = Settings(arguments.device, arguments.precision)
-    contenders = {side: CONTENDERS[side]._replace(layouts=[layout for layout in CONTENDERS[side].layouts if layout in arguments.layouts]) for side in arguments.contenders}
+    contenders = {side: CONTENDERS[side].in_layouts(arguments.layouts) for side in arguments.contenders}
     for name in harness.progress(names, "units"):
         case = UNITS[name]
         unit = case.unit().to(arguments.device)
@@ -25,7 +29,7 @@ def rows(arguments: Namespace) -> Iterator[dict]:
         for mode in MODES:
             runs = entries(contenders, unit, x, g, mode, settings)
             reference = exact(unit, x, g, mode, settings)
-            row[mode] = harness.race(runs, reference, arguments.seconds, arguments.device, against=("timm", "convolutions"))
+            row[mode] = harness.race(runs, reference, arguments.seconds, arguments.device, against=AGAINST)
             floor = case.floor(arguments.batch, mode, 2 if arguments.precision == "bfloat16" else 4)
             row["floor"][mode] = {**floor._asdict(), "ms": floor.ms(arguments.ceilings)}
         for side in PAIR:

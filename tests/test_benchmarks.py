@@ -115,11 +115,25 @@ def test_race_lists_what_cannot_run():
     assert "median_ms" in record["other"] and "max_error" not in record["other"]
 
 
-def test_race_times_nothing_once_parity_failed():
+def test_race_does_not_time_what_failed_its_parity_check():
     record = harness.race(_entries(timm=1.0, sk_fused=1.1), EXACT, 0.0, CPU)
     assert "parity failed" in record["sk_fused"]["error"]
-    assert not any("median_ms" in side for side in record.values())
+    assert "median_ms" not in record["sk_fused"] and "timm" not in record["sk_fused"]["ratio"]
+    assert "median_ms" in record["timm"]
     assert harness.parity_failed([{"eval": record}])
+
+
+def test_a_benchmark_that_breaks_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def rows(arguments):
+        yield {"unit": "the first"}
+        raise RuntimeError("an illegal access")
+
+    monkeypatch.setattr(harness, "ceilings", lambda *_: {})
+    with pytest.raises(RuntimeError, match="an illegal access"):
+        harness.command(units.BENCHMARK._replace(rows=rows), ["--results", str(tmp_path)])
+    (file,) = tmp_path.rglob("*.json")
+    result = json.loads(file.read_text())
+    assert result["rows"] == [{"unit": "the first"}] and result["settings"]["interrupted"] == "RuntimeError: an illegal access"
 
 
 def test_race_fails_with_its_base():

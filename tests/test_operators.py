@@ -110,7 +110,25 @@ def magnitudes(name: str, arguments: tuple, exact: list[Tensor]) -> list[Tensor]
     if name == "branch_statistics":
         return [torch.stack([y.abs().mean((0, 2, 3)) for y in arguments[0]]), exact[1]]
     if name == "attend":
-        return [*exact[:3], exact[2].abs().mean(0), exact[4]]
+        a, s, reduced, mean, var = exact
+        _, _, fc_reduce, weight, bias, _, _, eps, *act, fc_select, _ = arguments
+        fc_reduce, weight, bias, fc_select = reference._parameters(s, fc_reduce, weight, bias, fc_select)
+        terms = s.abs() @ fc_reduce.abs().t()
+        # An error of the reduced descriptor goes into its variance by twice its distance from the mean.
+        var_terms = var + 2 * (reduced - mean).abs().amax(0) * terms.amax(0)
+        h = reference.activate((reduced - mean) * torch.rsqrt(var + eps) * weight + bias, *act)
+        logits = (h.abs() @ fc_select.abs().t()).view(a.shape)
+        return [a + a * (1 - a) * logits, s, terms, terms.mean(0), var_terms]
+    if name == "attend_backward":
+        da, a, s, reduced, fc_reduce, weight, bias, mean, var, eps, _, *act, fc_select = arguments
+        fc_reduce, weight, bias, fc_select = reference._parameters(s, fc_reduce, weight, bias, fc_select)
+        dlogits = (a * (da.abs() + (a * da).abs().sum(1, keepdim=True))).flatten(1)
+        x = (reduced - mean) * torch.rsqrt(var + eps)
+        h = reference.activate(x * weight + bias, *act)
+        dn = dlogits @ fc_select.abs()
+        dbias, dweight = dn.sum(0), (dn * x.abs()).sum(0)
+        dreduced = weight.abs() * torch.rsqrt(var + eps) * (dn + dbias / len(s) + x.abs() * dweight / len(s))
+        return [dreduced @ fc_reduce.abs(), dreduced.t() @ s.abs(), dweight, dbias, dlogits.t() @ h.abs(), dlogits.sum(0)]
     if name == "fold_backward":
         a, ds, pixels, R1, R2, K1, K2, r, scale, count = arguments
         t = (ds / pixels)[:, None].abs()

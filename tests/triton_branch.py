@@ -165,8 +165,9 @@ def test_every_road_of_the_unit_matches_reference(case: str, dtype: torch.dtype,
     roads = roads_of(lambda: branch.unit(*convolution, *rest), monkeypatch)
     expected = {"library", "own by rounds", "own twice"} | ({"library by rounds"} if convolution[0].shape[0] > 1 else set())
     assert roads.keys() == expected
-    for name, road in roads.items():
-        v = road()
+    for name in roads:
+        # Each into new memory, which is NaN.
+        v = roads_of(lambda: branch.unit(*convolution, *rest), monkeypatch)[name]()
         parity.assert_within(name, v, theirs, exact)
         assert v.is_contiguous(memory_format=torch.channels_last)
 
