@@ -368,8 +368,8 @@ def command_line(benchmark: Benchmark, argv: Sequence[str] | None = None) -> tup
 
 
 def command(benchmark: Benchmark, argv: Sequence[str] | None = None) -> Path:
-    """The command line of a benchmark: measures, shows the table, writes JSON and PNG; interrupted, of the rows that it has.
-    Ends with an error where a side of ours failed its parity check."""
+    """The command line of a benchmark: measures, writes JSON, shows the table, draws the PNG; interrupted or broken, it writes the rows
+    that it has. Ends with an error where a side of ours failed its parity check."""
     parser, arguments = command_line(benchmark, argv)
     settings = {name: _plain(value) for name, value in vars(arguments).items() if name != "results"}
     keep_memory()

@@ -86,7 +86,7 @@ template <class A> __global__ __launch_bounds__(kThreads, 2) void _attend_kernel
   }
 }
 
-// Of what is summed over in a product, where a block has all its columns.
+// Of a product: a block has its columns side by side, and so many slices of what is summed over.
 constexpr int kSlices = kThreads / kColumns;
 
 // out[row * row_step + column * column_step] = sum_k left[row * left_row + k * left_k] right[k * columns + column], of kRows rows from

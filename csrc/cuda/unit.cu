@@ -399,7 +399,8 @@ static void plan_ring(const Unit& f, int device, Plan& plan) {
   const int64_t share = std::min({most_tiles, kWorthwhile / tile, f.B * cut.pixel_tiles() * tiles / std::max(1, 2 * plan.blocks)});
   plan.share = static_cast<int>(quotient(tiles, quotient(tiles, std::max<int64_t>(1, share))));
   // Half of the L2 cache: x, v and the weights go through it as well.
-  const int64_t cache = attribute_of_device(cudaDevAttrL2CacheSize, "unit", device), room = std::max<int64_t>(2, cache / 2 / (f.M * cut.area() * f.C * 2));
+  const int64_t cache = attribute_of_device(cudaDevAttrL2CacheSize, "unit", device);
+  const int64_t room = std::max<int64_t>(2, cache / 2 / (f.M * cut.area() * f.C * 2));
   const int64_t wanted = quotient(plan.blocks, plan.convolutions()) + 1;
   plan.slots = static_cast<int>(std::min({f.B, room, 2 * wanted}));
 }

@@ -1,5 +1,6 @@
 // The scheduler of cuda_on_host.h. CUDA_ON_HOST_SEED and CUDA_ON_HOST_PROCESSORS, read at every launch, give the order and how many
-// blocks are resident; CUDA_ON_HOST_L2 is the size of the L2 cache in bytes; with CUDA_ON_HOST_CLUSTERS the device has clusters, of so many blocks at most.
+// blocks are resident; CUDA_ON_HOST_L2 is the size of the L2 cache in bytes; CUDA_ON_HOST_CLUSTERS the blocks of the device's largest
+// cluster, 0 if it has none.
 #include "cuda_on_host.h"
 
 #include <sys/mman.h>
