@@ -2,6 +2,7 @@
 tests/test_cuda.py run the same kernels without one."""
 
 import copy
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,18 @@ def _ieee() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture(autouse=True)
+def _working_context() -> Iterator[None]:
+    """After a kernel has failed the process can use the GPU no more. xdist starts another in place of one that ended."""
+    yield
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            pytest.exit(f"the GPU cannot be used any more: {error}", returncode=1)
+        os._exit(1)
 
 
 def to_gpu(value):
