@@ -57,11 +57,11 @@ RUNS = {
     # Where the cache has room for two images, every convolution waits for the selection of the last but one.
     "units, one block": (Host(2, 1, cache=1), "test_convolutions", "match_pytorch and bfloat16 and channels_last"),
     "units, two blocks": (Host(3, 2, cache=1), "test_convolutions", "match_pytorch and float16 and channels_last"),
+    # What has clusters multiplies with four warps together.
+    "units, 9.0": (Host(5, 3, clusters=8), "test_convolutions", "match_pytorch and (bfloat16 or float16)"),
+    "units, 9.0, one block": (Host(7, 1, cache=1, clusters=8), "test_convolutions", "match_pytorch and bfloat16 and channels_last"),
+    "units, 9.0, many blocks": (Host(6, 40, clusters=8), "test_convolutions", "match_pytorch and bfloat16 and channels_last"),
     "units, many blocks": (Host(4, 40, cache=1), "test_convolutions", "match_pytorch and bfloat16 and channels_last"),
-    "units in clusters": (Host(5, 1, clusters=8), "test_convolutions", "match_pytorch and (bfloat16 or float16) and channels_last"),
-    # Most maps need larger ones.
-    "units in small clusters": (Host(7, 2, clusters=2), "test_convolutions", "match_pytorch and bfloat16 and channels_last"),
-    "units in many clusters": (Host(6, 40, clusters=8), "test_convolutions", "match_pytorch and bfloat16 and channels_last"),
 }
 
 
@@ -146,7 +146,7 @@ def test_kernels_keep_all_in_registers():
     print("\nregisters", *architectures)
     for name, used in sorted(kernels.items()):
         print(name, *(used[architecture][0] for architecture in architectures))
-    steps = ("branch_statistics", "squeeze", "fold_backward", "attend", "attend_backward", "select", "select_backward", "unit", "unit_in_cluster")
+    steps = ("branch_statistics", "squeeze", "fold_backward", "attend", "attend_backward", "select", "select_backward", "unit")
     assert {name.partition("<")[0] for name in kernels} == {f"_{step}_kernel" for step in steps}
     for name, used in kernels.items():
         assert list(used) == architectures or set(used) == set(architectures), name

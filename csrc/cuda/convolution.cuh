@@ -1,39 +1,55 @@
 // The branches' convolutions, 3 x 3 in channels_last, as products on the matrix units out of shared memory, tile by tile: with the
-// batch-norm and the activation in the epilogue, and the sums over the tile's pixels.
+// batch-norm and the activation in the epilogue, and the sums over the tile's here.
 #pragma once
 
 #include "intrinsics.cuh"
 
 namespace sk::cuda {
 
-// Channels that a step of a convolution takes: what one matrix instruction sums over.
-constexpr int kInputs = 16;
 constexpr int kTaps = 9;
+// A tile has pixels of no more images.
+constexpr int kMostImages = 8;
 
-// A convolution tile: kPixels of an image by kChannels, by as many warps as there are, each with 16 or 32 of both.
-template <int kPixels_, int kChannels_> struct Tile {
-  static constexpr int kPixels = kPixels_, kChannels = kChannels_;
-  static constexpr int kWarpColumns = kChannels <= 32 ? 1 : kChannels / 32, kWarpRows = kWarps / kWarpColumns;
-  static constexpr int kRows = kPixels / kWarpRows, kColumns = kChannels / kWarpColumns;
-  // Matrix instructions along both, in a warp.
-  static constexpr int kDown = kRows / 16, kAlong = kColumns / 8;
-  static_assert(kRows % 16 == 0 && kColumns % 16 == 0);
+// A convolution tile: kPixels by kChannels, by as many warps as there are, each with a part of both. Its channels are those of one block,
+// whose inputs are taken 32 at a time, or of several blocks that have kBlock inputs and outputs each. kWide: a warp has all the channels,
+// and four of them do their products together.
+template <int kPixels_, int kChannels_, int kBlock_, bool kWide_> struct Tile {
+  static constexpr int kPixels = kPixels_, kChannels = kChannels_, kBlock = kBlock_;
+  static constexpr bool kSeveral = kBlock < kChannels, kWide = kWide_;
+  static constexpr int kInputs = kBlock < 32 ? kBlock : 32;
+  // In shared memory, bytes of a pixel of x, and of the weights of one tap and output.
+  static constexpr int kPixelBytes = (kSeveral ? kChannels : kInputs) * 2, kWeightBytes = kInputs * 2;
+  static constexpr int kColumns = kWide ? kChannels : kBlock < 32 ? kBlock : 32;
+  static constexpr int kWarpColumns = kChannels / kColumns, kWarpRows = kWarps / kWarpColumns, kRows = kPixels / kWarpRows;
+  // Matrix instructions along both, in a warp. Of kJoined of them a lane has kOwn channels that are side by side.
+  static constexpr int kDown = kRows / 16, kAlong = kColumns / 8, kJoined = kAlong < 4 ? kAlong : 4, kOwn = 2 * kJoined;
+  static_assert(kRows % 16 == 0 && kAlong % kJoined == 0 && kPixels <= kThreads);
+
+  // Which channel column n of the product is: for that a lane has columns 2t and 2t + 1 of each instruction.
+  static __host__ __device__ constexpr int channel_of(int n) {
+    return n / (8 * kJoined) * (8 * kJoined) + n / 2 % 4 * kOwn + n / 8 % kJoined * 2 + n % 2;
+  }
 };
 
-// How an image is cut into tiles.
+// How the output is cut into tiles.
 struct Cut {
-  // The output's size. A tile is `run` pixels, row by row, of one of `strips` strips of columns, whose widths differ by one at most.
-  int height, columns, run, strips, strip_tiles;
+  // An image's size. A tile is `run` pixels, row by row, of one of `strips` strips of columns, whose widths differ by one at most. If there
+  // is but one strip, all images are one below the other in it, and a tile may be of several.
+  int height, columns, run, strips, strip_rows, strip_tiles, tiles;
   // A group of the convolution, or a few small ones together, or all of it: `blocks` of `inputs` and `outputs` channels, each of
   // `block_tiles` tiles.
   int channels, blocks, inputs, outputs, block_tiles;
-  // Pixels of x that a tile reads, at most, in rows and columns; the reach of the longest dilation.
-  int rows, row_pixels, reach;
+  // Chunks of a block's inputs, and how many of them a tile goes through: where all branches share one, it is there since the first.
+  int chunks, parts;
+  // Pixels of x that a tile reads, at most; the reach of the longest dilation.
+  int read, reach;
 
-  __host__ __device__ int64_t area() const { return int64_t{height} * columns; }
-  __host__ __device__ int pixel_tiles() const { return strips * strip_tiles; }
+  __host__ __device__ int area() const { return height * columns; }
   __host__ __device__ int channel_tiles() const { return blocks * block_tiles; }
   __host__ __device__ int strip_start(int strip) const { return static_cast<int>(int64_t{strip} * columns / strips); }
+  // The tiles with pixels of an image.
+  __host__ __device__ int first_tile(int image) const { return strips == 1 ? image * area() / run : image * strips * strip_tiles; }
+  __host__ __device__ int last_tile(int image) const { return strips == 1 ? ((image + 1) * area() - 1) / run : first_tile(image + 1) - 1; }
   // Of a tile of kChannels channels.
   __host__ __device__ int first_channel(int tile, int kChannels) const {
     return tile / block_tiles * outputs + tile % block_tiles * kChannels;
@@ -43,209 +59,408 @@ struct Cut {
     const int end = tile_end < block_end ? tile_end : block_end;
     return end < channels ? end : channels;
   }
-
-  // Bytes of shared memory for a tile: the sums of every row of warps; two stages, each of x, 32 bytes a pixel, and of the weights,
-  // 32 bytes a tap and channel.
-  __host__ __device__ int64_t shared(int kChannels) const {
-    return kSumBytes + 2 * (int64_t{rows} * row_pixels + kTaps * kChannels) * kInputs * 2;
-  }
-  static constexpr int kSumBytes = 256 * sizeof(float);
 };
 
-// Halves of 32 bytes change places every four rows: eight neighbouring rows of a matrix then lie in all banks.
-__device__ __forceinline__ int place(int row, int half) { return row * kInputs + ((half ^ (row >> 2 & 1)) * 8); }
+// The shared memory of a tile, offsets in bytes: which one it is, zeros, and what is known of its pixels; scale and shift of its channels
+// in every branch; sums of its channels; the stages of x, of which there is one more if `x_stage` is not 0, and two of three taps' weights.
+struct Layout {
+  int sums, x, x_stage, weights, all;
+  static constexpr int kWhere = 64, kZeros = 128, kPixels = 256, kNorms = kPixels + 256 * 4;
 
-// A tile of image b: `pixels` of them, from pixel `start` of a strip on, by the channels [first_channel, end_channel) of a block. It goes
-// in steps, branch * chunks + chunk, through two stages of shared memory, of which one is filled while the other is used.
+  Layout() = default;
+  template <class Tile> static Layout of(const Tile&, int M, const Cut& cut) {
+    const auto whole = [](int bytes) { return (bytes + 1023) / 1024 * 1024; };
+    const int stage = whole(cut.read * Tile::kPixelBytes);
+    Layout layout;
+    layout.sums = kNorms + M * Tile::kChannels * 8;
+    layout.x = whole(layout.sums + (Tile::kWarpRows + kMostImages) * Tile::kChannels * 4);
+    layout.x_stage = cut.parts > 1 ? stage : 0;
+    layout.weights = layout.x + stage + layout.x_stage;
+    layout.all = layout.weights + 2 * 3 * Tile::kChannels * Tile::kWeightBytes;
+    return layout;
+  }
+};
+
+// The pixels of a tile: `count` of them, from the start-th of a strip on, whose first row is that of `image`.
+struct Pixels {
+  int image, first_column, width, image_pixels, start, count;
+
+  __device__ __forceinline__ Pixels(const Cut& cut, int tile) {
+    const int strip = tile / cut.strip_tiles;
+    image = strip / cut.strips;
+    first_column = cut.strip_start(strip % cut.strips);
+    width = cut.strip_start(strip % cut.strips + 1) - first_column;
+    image_pixels = cut.height * width;
+    start = tile % cut.strip_tiles * cut.run;
+    const int left = cut.strip_rows * width - start;
+    count = left < 0 ? 0 : left < cut.run ? left : cut.run;
+  }
+  // In the output, of all images.
+  __device__ __forceinline__ int output(const Cut& cut, int p) const {
+    const int in_strip = start + p;
+    return cut.strips == 1 ? in_strip : (image * cut.height + in_strip / width) * cut.columns + first_column + in_strip % width;
+  }
+  __device__ __forceinline__ int image_of(int p) const { return image + (start + p) / image_pixels; }
+  // A narrow strip may have fewer tiles than a wide one; the others have no pixels, and count as the image's all the same.
+  __device__ __forceinline__ int first_image() const { return count > 0 ? image_of(0) : image; }
+  __device__ __forceinline__ int last_image() const { return count > 0 ? image_of(count - 1) : image; }
+  // Those of an image are [first_of, end_of).
+  __device__ __forceinline__ int first_of(int i) const {
+    const int first = (i - image) * image_pixels - start;
+    return first > 0 ? first : 0;
+  }
+  __device__ __forceinline__ int end_of(int i) const {
+    const int end = (i + 1 - image) * image_pixels - start;
+    return end < count ? end : count;
+  }
+};
+
+// Where a tile is, in the output and in x. One thread finds it out; the others have it out of shared memory, as registers are few.
+struct Where : Pixels {
+  int block, first_channel, end_channel;
+  // Of x, in rows of `wide` pixels, the first at column `left`, all images one below the other: the tile reads `read` from `first` on.
+  int left, wide, first, read;
+
+  __device__ __forceinline__ Where(const Unit& f, const Cut& cut, int tile, int channel_tile, int kChannels)
+      : Pixels(cut, tile),
+        block(channel_tile / cut.block_tiles),
+        first_channel(cut.first_channel(channel_tile, kChannels)),
+        end_channel(cut.end_channel(channel_tile, kChannels)) {
+    const int H = static_cast<int>(f.H), W = static_cast<int>(f.W);
+    left = first_column * f.stride - cut.reach;
+    if (left < 0) left = 0;
+    const int right = (first_column + width - 1) * f.stride + 1 + cut.reach;
+    wide = (right < W ? right : W) - left;
+    const int around = cut.reach * (wide + 1), top = image * H * wide, bottom = top + cut.strip_rows / cut.height * H * wide;
+    first = 0;
+    const int begin = input(f, cut, 0) - around, end = input(f, cut, count - 1) + around + 1;
+    first = begin > top ? begin : top;
+    read = (end < bottom ? end : bottom) - first;
+  }
+
+  // The pixel of x in the middle of the p-th, of those that are read.
+  __device__ __forceinline__ int input(const Unit& f, const Cut& cut, int p) const {
+    const int row = (start + p) / width, column = (start + p) % width;
+    return ((image + row / cut.height) * static_cast<int>(f.H) + row % cut.height * f.stride) * wide + (first_column + column) * f.stride -
+           left - first;
+  }
+  // How far that is from the image's borders: above, below, left, right, 2 bits each, as dilations are 3 at most.
+  __device__ __forceinline__ int margins(const Unit& f, const Cut& cut, int p) const {
+    const auto least = [](int x) { return x < 3 ? x : 3; };
+    const int y = (start + p) / width % cut.height * f.stride, x = (first_column + (start + p) % width) * f.stride;
+    return least(y) | least(static_cast<int>(f.H) - 1 - y) << 2 | least(x) << 4 | least(static_cast<int>(f.W) - 1 - x) << 6;
+  }
+};
+static_assert(Layout::kWhere + sizeof(Where) <= Layout::kZeros);
+
+// Of the nine taps those that are inside of the image.
+__device__ __forceinline__ int taps_inside(int margins, int dilation) {
+  const int rows = 0070 | ((margins & 3) >= dilation ? 0007 : 0) | ((margins >> 2 & 3) >= dilation ? 0700 : 0);
+  const int columns = 0222 | ((margins >> 4 & 3) >= dilation ? 0111 : 0) | ((margins >> 6 & 3) >= dilation ? 0444 : 0);
+  return rows & columns;
+}
+
+// Where the 16 bytes lie: of rows of kBytes, side by side, they change places such that those of eight neighbouring rows lie in all banks.
+template <int kBytes> __device__ __forceinline__ int place(unsigned row, unsigned sixteen) {
+  return static_cast<int>(row * kBytes + ((sixteen ^ (row / (128 / kBytes) % (kBytes / 16))) * 16));
+}
+
+// A tile goes in steps, three taps of a chunk of inputs of a branch each: the next step's weights are copied while one is multiplied, and
+// so is the next chunk of x, of which nothing is copied twice: a tap's pixels are those of another row of the same matrix, or zeros.
 template <class T, class Tile> struct Convolution {
   const Unit& f;
   const Cut& cut;
-  const T* image;
-  float* by_row;
-  T *x, *weights;
-  int first_column, strip_width, start, pixels, block, first_channel, end_channel, chunks;
+  const Layout& layout;
+  unsigned char* const shared;
+  const Where& here;
 
-  // `shared`: cut.shared(kChannels) bytes.
-  __device__ __forceinline__ Convolution(const Unit& f, const Cut& cut, int64_t b, int pixel_tile, int channel_tile, unsigned char* shared)
-      : f(f), cut(cut), image(static_cast<const T*>(f.x) + b * f.H * f.W * f.channels), chunks(cut.inputs / kInputs) {
-    const int strip = pixel_tile / cut.strip_tiles;
-    first_column = cut.strip_start(strip);
-    strip_width = cut.strip_start(strip + 1) - first_column;
-    start = pixel_tile % cut.strip_tiles * cut.run;
-    const int left = cut.height * strip_width - start;
-    pixels = left < 0 ? 0 : left < cut.run ? left : cut.run;
-    block = channel_tile / cut.block_tiles;
-    first_channel = cut.first_channel(channel_tile, Tile::kChannels);
-    end_channel = cut.end_channel(channel_tile, Tile::kChannels);
-    by_row = reinterpret_cast<float*>(shared);
-    x = reinterpret_cast<T*>(shared + Cut::kSumBytes);
-    weights = x + 2 * cut.rows * cut.row_pixels * kInputs;
+  __device__ __forceinline__ Convolution(const Unit& f, const Cut& cut, const Layout& layout, unsigned char* shared)
+      : f(f), cut(cut), layout(layout), shared(shared), here(*reinterpret_cast<const Where*>(shared + Layout::kWhere)) {}
+
+  __device__ __forceinline__ int x_part(int step) const { return cut.parts == 1 ? 0 : step / 3; }
+  __device__ __forceinline__ int x_stage(int step) const { return layout.x + x_part(step) % 2 * layout.x_stage; }
+  __device__ __forceinline__ int weight_stage(int step) const {
+    return layout.weights + step % 2 * (3 * Tile::kChannels * Tile::kWeightBytes);
   }
-
-  // In the image, the p-th of them.
-  __device__ __forceinline__ int pixel(int p) const {
-    return (start + p) / strip_width * cut.columns + first_column + (start + p) % strip_width;
-  }
-
-  __device__ __forceinline__ T* x_stage(int step) const { return x + step % 2 * (cut.rows * cut.row_pixels * kInputs); }
-  __device__ __forceinline__ T* weight_stage(int step) const { return weights + step % 2 * (kTaps * Tile::kChannels * kInputs); }
-
-  // Where all branches share x and it is of one chunk, it is there since the first step.
-  __device__ __forceinline__ int x_step(int step) const { return !f.split && chunks == 1 ? 0 : step; }
 
   __device__ __forceinline__ void fill(int step) const {
-    const int m = step / chunks, chunk = step % chunks * kInputs;
-    if (x_step(step) == step) {
-      const int share = f.split ? f.channels / f.M : f.channels, from = block * cut.inputs + chunk;
-      const T* const source = image + (f.split ? m * share : 0) + from;
-      const int first_row = start / strip_width, last_row = (start + pixels - 1) / strip_width;
-      const int top = first_row * f.stride - cut.reach, left = first_column * f.stride - cut.reach;
-      const int rows = (last_row - first_row) * f.stride + 1 + 2 * cut.reach, columns = (strip_width - 1) * f.stride + 1 + 2 * cut.reach;
-      T* const to = x_stage(step);
+    const int m = step / 3 / cut.chunks, chunk = step / 3 % cut.chunks;
+    if (x_part(step) * 3 == step) fill_x(x_stage(step), m, chunk);
+    fill_weights(weight_stage(step), m, chunk, step % 3);
+  }
+
+  __device__ __forceinline__ void fill_x(int stage, int m, int chunk) const {
+    constexpr int kSixteens = Tile::kPixelBytes / 16, kStep = kThreads / kSixteens;
+    const int sixteen = threadIdx.x % kSixteens, W = static_cast<int>(f.W), share = f.split ? f.channels / f.M : f.channels;
+    const int in_block = chunk * Tile::kInputs + sixteen * 8;
+    const int channel = Tile::kSeveral ? here.first_channel + sixteen * 8 : here.block * cut.inputs + in_block;
+    const bool there = Tile::kSeveral ? channel < share : in_block < cut.inputs;
+    const int read = here.read;
+    int p = threadIdx.x / kSixteens, to = stage + place<Tile::kPixelBytes>(p, sixteen);
+    const T* const image = static_cast<const T*>(f.x) + (there ? (f.split ? m * share : 0) + channel : 0);
+    if (here.wide == W) {
+      const T* from = image + int64_t{here.first + p} * f.channels;
+      const int64_t step = int64_t{kStep} * f.channels;
+#pragma unroll 2
+      for (; p < read; p += kStep, to += kStep * Tile::kPixelBytes, from += step) copy_async<16>(shared, to, from, there);
+    } else {
 #pragma unroll 1
-      for (int i = threadIdx.x; i < rows * columns * 2; i += kThreads) {
-        const int half = i % 2, column = i / 2 % columns, row = i / 2 / columns, y = top + row, z = left + column;
-        const bool there = y >= 0 && y < f.H && z >= 0 && z < f.W && from + half * 8 < share;
-        copy_async(to + place(row * cut.row_pixels + column, half), there ? source + (int64_t{y} * f.W + z) * f.channels + half * 8 : image,
-                   there);
+      for (; p < read; p += kStep, to += kStep * Tile::kPixelBytes) {
+        const int row = (here.first + p) / here.wide, column = (here.first + p) % here.wide;
+        copy_async<16>(shared, to, image + (int64_t{row} * W + here.left + column) * f.channels, there);
       }
     }
-    const T* const source = static_cast<const T*>(f.weights[m]);
-    T* const to = weight_stage(step);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < kTaps * Tile::kChannels * 2; i += kThreads) {
-      const int half = i % 2, n = i / 2 % Tile::kChannels, tap = i / 2 / Tile::kChannels, channel = first_channel + n;
-      const T* const row = source + (int64_t{channel} * kTaps + tap) * f.inputs;
-      T* const at = to + place(tap * Tile::kChannels + n, half);
-      if (f.inputs >= kInputs) {
-        const bool there = channel < end_channel;
-        copy_async(at, there ? row + chunk + half * 8 : source, there);
+  }
+
+  // Of taps 3 row ... 3 row + 2, those of all channels one after the other.
+  __device__ __forceinline__ void fill_weights(int stage, int m, int chunk, int row) const {
+    constexpr int kSixteens = Tile::kWeightBytes / 16, kAtOnce = kThreads / kSixteens, kAll = 3 * Tile::kChannels;
+    const int sixteen = threadIdx.x % kSixteens, in_block = chunk * Tile::kInputs + sixteen * 8;
+    const T* const weights = static_cast<const T*>(f.weights[m]);
+#pragma unroll
+    for (int i = 0; i < (kAll + kAtOnce - 1) / kAtOnce; ++i) {
+      const int k = i * kAtOnce + threadIdx.x / kSixteens, n = k % Tile::kChannels, tap = row * 3 + k / Tile::kChannels;
+      if (kAll % kAtOnce != 0 && k >= kAll) break;
+      const int channel = here.first_channel + Tile::channel_of(n), to = stage + place<Tile::kWeightBytes>(k, sixteen);
+      const bool inside = channel < here.end_channel;
+      const T* const from = weights + (int64_t{inside ? channel : 0} * kTaps + tap) * f.inputs;
+      if (Tile::kBlock > 16 || f.inputs >= 16) {
+        const bool there = inside && in_block < cut.inputs;
+        copy_async<16>(shared, to, from + (there ? in_block : 0), there);
         continue;
       }
       // Small groups, several in 16 channels: a block-diagonal matrix. These 8 inputs are those of a group of 8 or of two of 4.
-      const bool there = channel < end_channel && channel / 8 == block * 2 + half;
+      const bool there = inside && channel / 8 % 2 == sixteen;
       if (f.inputs == 8) {
-        copy_async(at, there ? row : source, there);
+        copy_async<16>(shared, to, from, there);
       } else {
-        const uint2 four = there ? *reinterpret_cast<const uint2*>(row) : uint2{0, 0}, none{0, 0};
-        reinterpret_cast<uint2*>(at)[0] = channel % 8 < 4 ? four : none;
-        reinterpret_cast<uint2*>(at)[1] = channel % 8 < 4 ? none : four;
+        copy_async<8>(shared, to, from, there && channel % 8 < 4);
+        copy_async<8>(shared, to + 8, from, there && channel % 8 >= 4);
       }
     }
   }
 
-  // The two values of a lane in row h of a fragment.
-  static __device__ __forceinline__ uint32_t packed(const float (&c)[4], int h) {
-    T pair[2];
-    narrow(c[2 * h], pair[0]);
-    narrow(c[2 * h + 1], pair[1]);
-    uint32_t bits;
-    memcpy(&bits, pair, sizeof(bits));
-    return bits;
+  // Scale and shift of the channels, branch by branch: z = y * scale + shift.
+  __device__ __forceinline__ void fold_norms() const {
+    float* const folded = reinterpret_cast<float*>(shared + Layout::kNorms);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < f.M * Tile::kChannels; i += kThreads) {
+      const int m = i / Tile::kChannels, n = i % Tile::kChannels, channel = here.first_channel + n;
+      const Folded<float> norm(f.norms, m, channel < here.end_channel ? channel : here.first_channel);
+      folded[2 * m * Tile::kChannels + n] = norm.scale;
+      folded[(2 * m + 1) * Tile::kChannels + n] = norm.bias - norm.mean * norm.scale;
+    }
   }
 
-  // u of all branches: its first channel in `u`, branches and pixels so far apart; and its sums over branches and pixels, one a channel.
-  // The block's threads are to meet before what comes next uses the shared memory.
-  __device__ __forceinline__ void run(T* u, int64_t branch_step, int64_t pixel_step, float* sums) const {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    const int warp_row = warp / Tile::kWarpColumns, warp_column = warp % Tile::kWarpColumns;
-
-    // The pixels whose rows of A this lane gives the addresses of, and those whose results it has.
-    int corner[Tile::kDown], own[Tile::kDown][2];
+  // c += the three taps' products of a step.
+  template <class RowOfTap>
+  __device__ __forceinline__ void multiply(float (&c)[Tile::kDown][Tile::kAlong][4], int weights, int warp_column,
+                                           const RowOfTap& row_of_tap) const {
+    constexpr int kAlong = Tile::kAlong, kTimes = Tile::kInputs / 16;
+    const int lane = threadIdx.x % kWarp, b_row = warp_column * Tile::kColumns + lane / 16 * 8 + lane % 8, b_half = lane / 8 % 2;
 #pragma unroll
-    for (int i = 0; i < Tile::kDown; ++i) {
-      const int row = warp_row * Tile::kRows + i * 16, p = row + lane % 16 < pixels ? row + lane % 16 : 0;
-      const int y = (start + p) / strip_width - start / strip_width, x = (start + p) % strip_width;
-      corner[i] = (y * cut.row_pixels + x) * f.stride;
+    for (int tap = 0; tap < 3; ++tap) {
+      uint32_t right[kTimes][kAlong / 2][4];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) own[i][h] = row + lane / 4 + 8 * h < pixels ? pixel(row + lane / 4 + 8 * h) : -1;
+      for (int k = 0; k < kTimes; ++k)
+#pragma unroll
+        for (int j = 0; j < kAlong / 2; ++j)
+          load_matrices(right[k][j], shared, weights + place<Tile::kWeightBytes>(tap * Tile::kChannels + b_row + j * 16, k * 2 + b_half));
+#pragma unroll
+      for (int i = 0; i < Tile::kDown; ++i) {
+        const int row = row_of_tap(i, tap);
+#pragma unroll
+        for (int k = 0; k < kTimes; ++k) {
+          uint32_t left[4];
+          load_matrices(left, shared, row ^ k * 32);
+#pragma unroll
+          for (int j = 0; j < kAlong; ++j)
+            multiply_add(T{}, c[i][j], left, right[k][j / 2][j % 2 * 2], right[k][j / 2][j % 2 * 2 + 1]);
+        }
+      }
     }
-    const int b_row = warp_column * Tile::kColumns + lane / 16 * 8 + lane % 8, b_half = lane / 8 % 2;
+  }
+  // The next 16 inputs are loaded while these are multiplied.
+  template <class RowOfTap>
+  __device__ __forceinline__ void multiply_wide(float (&c)[Tile::kDown][Tile::kAlong][4], int weights, const RowOfTap& row_of_tap) const {
+    constexpr int kTimes = Tile::kInputs / 16;
+    uint32_t left[2][Tile::kDown][4];
+    int row[Tile::kDown];
+#pragma unroll
+    for (int t = 0; t < 3 * kTimes; ++t) {
+      const int tap = t / kTimes, k = t % kTimes;
+#pragma unroll
+      for (int i = 0; i < Tile::kDown; ++i) {
+        if (k == 0) row[i] = row_of_tap(i, tap);
+        load_matrices(left[t % 2][i], shared, row[i] ^ k * 32);
+      }
+      before_products();
+#pragma unroll
+      for (int i = 0; i < Tile::kDown; ++i)
+        multiply_add_wide(T{}, c[i], left[t % 2][i], shared, weights + tap * Tile::kChannels * Tile::kWeightBytes + k * 32);
+      close_products();
+      wait_for_products<1>();
+    }
+    wait_for_products<0>();
+  }
 
-    float pooled[Tile::kAlong][2] = {};
-    const int steps = f.M * chunks;
-    if (pixels > 0) fill(0);
+  // The batch-norm and the activation of kOwn channels of this lane's pixels, which stay in c and go to u.
+  __device__ __forceinline__ void finish_channels(float (&c)[Tile::kDown][Tile::kAlong][4], int q, int m, int own_channel, int first_row,
+                                                  T* u) const {
+    constexpr int kOwn = Tile::kOwn;
+    float scale[kOwn], shift[kOwn];
+    const float* const folded = reinterpret_cast<const float*>(shared + Layout::kNorms) + 2 * m * Tile::kChannels + own_channel;
+#pragma unroll
+    for (int k = 0; k < kOwn; k += 4) {
+      memcpy(scale + k, __builtin_assume_aligned(folded + k, 16), 16);
+      memcpy(shift + k, __builtin_assume_aligned(folded + Tile::kChannels + k, 16), 16);
+    }
+    const bool has_channels = here.first_channel + own_channel < here.end_channel;
+    const int count = here.count;
+    T* const to = u + here.first_channel + own_channel;
+#pragma unroll
+    for (int i = 0; i < Tile::kDown; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int p = first_row + i * 16 + threadIdx.x % kWarp / 4 + 8 * h;
+        float z[kOwn], value[kOwn], none[kOwn] = {};
+#pragma unroll
+        for (int k = 0; k < kOwn; ++k) z[k] = c[i][q * Tile::kJoined + k / 2][2 * h + k % 2] * scale[k] + shift[k];
+        activate(f.act.kind, static_cast<float>(f.act.negative_slope), z, value, none);
+        T narrowed[kOwn];
+#pragma unroll
+        for (int k = 0; k < kOwn; ++k) {
+          c[i][q * Tile::kJoined + k / 2][2 * h + k % 2] = value[k];
+          narrow(value[k], narrowed[k]);
+        }
+        if (has_channels && p < count) store_values(to + int64_t{p} * f.C, narrowed);
+      }
+  }
+
+  // The sums over the eight lanes 4 apart of kValues each: of the k-th in those lanes that are k of kValues parts of the warp.
+  template <int kValues> static __device__ __forceinline__ float scatter_sums(int lane, float (&x)[kValues]) {
+    int n = kValues;
+#pragma unroll
+    for (int o = 16; o >= 4; o /= 2) {
+      if (n == 1) {
+        x[0] += __shfl_xor_sync(kAllLanes, x[0], o);
+        continue;
+      }
+      n /= 2;
+#pragma unroll
+      for (int k = 0; k < n; ++k) {
+        const bool upper = lane & o;
+        const float given = __shfl_xor_sync(kAllLanes, upper ? x[k] : x[k + n], o);
+        x[k] = (upper ? x[k + n] : x[k]) + given;
+      }
+    }
+    return x[0];
+  }
+
+  // u of all branches: its first pixel and channel in `u`, branches so far apart; and of every image of the tile the sums over branches and
+  // pixels, at `sums` + image * C. The block's threads are to meet before what comes next uses the shared memory.
+  __device__ __forceinline__ void run(T* u, int64_t branch_step, float* sums) const {
+    constexpr int kDown = Tile::kDown, kAlong = Tile::kAlong, kJoined = Tile::kJoined, kOwn = Tile::kOwn;
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const int warp_row = warp / Tile::kWarpColumns, warp_column = warp % Tile::kWarpColumns, first_row = warp_row * Tile::kRows;
+    float* const by_row = reinterpret_cast<float*>(shared + layout.sums);
+
+    const int steps = here.count > 0 ? f.M * cut.chunks * 3 : 0;
+    if (steps > 0) fill(0);
     close_copies();
-    for (int m = 0; m < f.M && pixels > 0; ++m) {
-      float c[Tile::kDown][Tile::kAlong][4] = {};
-      const int shift = cut.reach - f.dilations[m];
-      for (int step = m * chunks; step < (m + 1) * chunks; ++step) {
+    fold_norms();
+    int* const centers = reinterpret_cast<int*>(shared + Layout::kPixels);
+    if (threadIdx.x < Tile::kPixels) {
+      const int p = threadIdx.x;
+      centers[p] = p < here.count ? here.input(f, cut, p) << 8 | here.margins(f, cut, p) : -1;
+    }
+    if (threadIdx.x < 32) reinterpret_cast<float*>(shared + Layout::kZeros)[threadIdx.x] = 0;
+    __syncthreads();
+    const int a_half = (Tile::kSeveral ? warp_column * Tile::kColumns / 8 : 0) + lane / 16;
+
+    int step = 0;
+    for (int m = 0; m < f.M && steps > 0; ++m) {
+      float c[kDown][kAlong][4] = {};
+      const int dilation = f.dilations[m];
+      // Of the pixels whose rows of A this lane gives the addresses of: where they are in x, and the taps that are.
+      int center[kDown];
+#pragma unroll
+      for (int i = 0; i < kDown; ++i) {
+        const int known = centers[first_row + i * 16 + lane % 16];
+        center[i] = known < 0 ? 0 : known >> 8 << 9 | taps_inside(known & 255, dilation);
+      }
+#pragma unroll 1
+      for (const int end = step + cut.chunks * 3; step < end; ++step) {
+        wait_for_copies<0>();
+        if constexpr (Tile::kWide) copies_before_products();
+        __syncthreads();
+        // What is filled now was used in the last step.
         if (step + 1 < steps) fill(step + 1);
         close_copies();
-        wait_for_copies<1>();
-        __syncthreads();
-        const T *const x = x_stage(x_step(step)), *const weights = weight_stage(step);
-#pragma unroll 1
-        for (int tap = 0; tap < kTaps; ++tap) {
-          const int offset = (shift + tap / 3 * f.dilations[m]) * cut.row_pixels + shift + tap % 3 * f.dilations[m];
-          uint32_t right[Tile::kAlong / 2][4];
-#pragma unroll
-          for (int j = 0; j < Tile::kAlong / 2; ++j)
-            load_matrices(right[j], weights + place(tap * Tile::kChannels + b_row + j * 16, b_half));
-#pragma unroll
-          for (int i = 0; i < Tile::kDown; ++i) {
-            uint32_t left[4];
-            load_matrices(left, x + place(corner[i] + offset, lane / 16));
-#pragma unroll
-            for (int j = 0; j < Tile::kAlong; ++j) multiply_add(T{}, c[i][j], left, right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]);
-          }
-        }
-        __syncthreads();
+        const int tap_row = step % 3, wide = here.wide, x = x_stage(step), weights = weight_stage(step);
+        const auto row_of_tap = [&](int i, int tap) {
+          const int offset = ((tap_row - 1) * wide + tap - 1) * dilation;
+          const bool there = center[i] >> (tap_row * 3 + tap) & 1;
+          return there ? x + place<Tile::kPixelBytes>((center[i] >> 9) + offset, a_half) : Layout::kZeros;
+        };
+        if constexpr (Tile::kWide) multiply_wide(c, weights, row_of_tap);
+        else multiply(c, weights, warp_column, row_of_tap);
       }
-#pragma unroll
-      for (int j = 0; j < Tile::kAlong; ++j) {
-        const int column = warp_column * Tile::kColumns + j * 8 + lane % 4 * 2, channel = first_channel + column;
-        if (channel >= end_channel) continue;
-        const Folded<float> norms[2] = {{f.norms, m, channel}, {f.norms, m, channel + 1}};
-#pragma unroll
-        for (int i = 0; i < Tile::kDown; ++i)
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            if (own[i][h] < 0) continue;
-            float z[2], value[2], k[2] = {};
-#pragma unroll
-            for (int e = 0; e < 2; ++e) z[e] = (c[i][j][2 * h + e] - norms[e].mean) * norms[e].scale + norms[e].bias;
-            activate(f.act.kind, static_cast<float>(f.act.negative_slope), z, value, k);
-#pragma unroll
-            for (int e = 0; e < 2; ++e) pooled[j][e] += c[i][j][2 * h + e] = value[e];
-          }
-      }
-      // Two neighbouring lanes have four values of a pixel in each of two tiles of 8 columns: each gives the other its half of one, so
-      // that a warp stores 32 bytes of every pixel, a whole sector of memory.
-      const bool odd = lane % 2 != 0;
-#pragma unroll
-      for (int j = 0; j < Tile::kAlong; j += 2) {
-        const int column = warp_column * Tile::kColumns + (j + odd) * 8 + lane % 4 / 2 * 4;
-        const bool there = first_channel + column < end_channel;
-#pragma unroll
-        for (int i = 0; i < Tile::kDown; ++i)
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const uint32_t first = packed(c[i][j], h), second = packed(c[i][j + 1], h);
-            const uint32_t others = __shfl_xor_sync(kAllLanes, odd ? first : second, 1);
-            if (there && own[i][h] >= 0)
-              *reinterpret_cast<uint2*>(u + m * branch_step + own[i][h] * pixel_step + column) =
-                  odd ? uint2{others, second} : uint2{first, others};
-          }
-      }
-    }
-    wait_for_copies<0>();
 
 #pragma unroll
-    for (int j = 0; j < Tile::kAlong; ++j)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float total = pooled[j][e];
-#pragma unroll
-        for (int o = 4; o < kWarp; o *= 2) total += __shfl_xor_sync(kAllLanes, total, o);
-        if (lane < 4) by_row[warp_row * Tile::kChannels + warp_column * Tile::kColumns + j * 8 + lane * 2 + e] = total;
+      for (int q = 0; q < kAlong / kJoined; ++q) {
+        const int own_channel = warp_column * Tile::kColumns + q * 4 * kOwn + lane % 4 * kOwn;
+        finish_channels(c, q, m, own_channel, first_row, u + m * branch_step);
       }
-    __syncthreads();
-    if (threadIdx.x < Tile::kChannels && first_channel + static_cast<int>(threadIdx.x) < end_channel) {
-      float total = 0;
-      for (int row = 0; row < Tile::kWarpRows; ++row) total += by_row[row * Tile::kChannels + threadIdx.x];
-      sums[threadIdx.x] = total;
+      // What a lane has of an image's pixels, and then its warp.
+      const int end_row = first_row + Tile::kRows < here.count ? first_row + Tile::kRows : here.count;
+      if (first_row >= end_row) continue;
+#pragma unroll 1
+      for (int image = here.image_of(first_row); here.first_of(image) < end_row; ++image) {
+        const int low = here.first_of(image), high = here.end_of(image);
+        float* const to = by_row + (warp_row + image - here.first_image()) * Tile::kChannels + warp_column * Tile::kColumns;
+#pragma unroll
+        for (int q = 0; q < kAlong / kJoined; ++q) {
+          float total[kOwn] = {};
+#pragma unroll
+          for (int i = 0; i < kDown; ++i)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              const int p = first_row + i * 16 + lane / 4 + 8 * h;
+              const bool of_it = p >= low && p < high;
+#pragma unroll
+              for (int k = 0; k < kOwn; ++k) total[k] += of_it ? c[i][q * kJoined + k / 2][2 * h + k % 2] : 0;
+            }
+          const float sum = scatter_sums(lane, total);
+          float& all = to[q * 4 * kOwn + lane % 4 * kOwn + lane / (32 / kOwn)];
+          if (lane / 4 % (8 / kOwn) == 0) all = m == 0 ? sum : all + sum;
+        }
+      }
     }
+
+    // Rows of warps, one after the other, of which an image has neighbouring ones.
+    __syncthreads();
+    const int first_image = here.first_image(), images = here.last_image() - first_image + 1;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < images * Tile::kChannels; i += kThreads) {
+      const int of = i / Tile::kChannels, image = first_image + of, n = i % Tile::kChannels, channel = here.first_channel + n;
+      const int low = here.first_of(image), high = here.end_of(image);
+      if (channel >= here.end_channel) continue;
+      float total = 0;
+      for (int row = low / Tile::kRows; row * Tile::kRows < high; ++row) total += by_row[(row + of) * Tile::kChannels + n];
+      sums[int64_t{image} * f.C + channel] = total;
+    }
+  }
+
+  static __device__ __forceinline__ void store_values(T* to, const T (&values)[8]) {
+    uint4 bytes;
+    memcpy(&bytes, values, sizeof(bytes));
+    store_vector(to, bytes);
+  }
+  static __device__ __forceinline__ void store_values(T* to, const T (&values)[4]) {
+    uint2 bytes;
+    memcpy(&bytes, values, sizeof(bytes));
+    *reinterpret_cast<uint2*>(to) = bytes;
   }
 };
 

@@ -12,12 +12,12 @@ namespace sk::cuda {
 
 __device__ __forceinline__ unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
 
-// Four matrices of 8 rows of 16 bytes: lane i gives the address of row i % 8 of matrix i / 8, and gets of each matrix the two values
-// 2t and 2t + 1 of row g.
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
+// Four matrices of 8 rows of 16 bytes: lane i gives the place of row i % 8 of matrix i / 8, in bytes from `base` on, and gets of each matrix
+// the two values 2t and 2t + 1 of row g.
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const unsigned char* base, int row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(shared_address(base) + row)
                : "memory");
 }
 
@@ -33,9 +33,74 @@ __device__ __forceinline__ void multiply_add(__nv_bfloat16, float (&c)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// 16 bytes into shared memory, or zeros if they are not there. Copies belong to the group that is closed next.
-__device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
+// Four warps together, on compute capability 9.0 alone: the same product with 16 rows of A of each warp, as above, and all columns of B, out
+// of shared memory: rows of 64 bytes, of which 32 from `rows` bytes after `base` on are meant, in the order of place<64>, the first at a
+// multiple of 512 bytes. c += a b is done once it has been waited for; neither c nor a is to be touched before.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool kFourWarpsTogether = true;
+// Address; rows in groups of eight that are 512 bytes apart; swizzled in 64 bytes (PTX ISA, "Matrix descriptor").
+__device__ __forceinline__ uint64_t matrix_descriptor(const unsigned char* base, int rows) {
+  return uint64_t{(shared_address(base) + rows) >> 4 & 0x3fff} | uint64_t{1} << 16 | uint64_t{512 >> 4} << 32 | uint64_t{2} << 62;
+}
+#define SK_FOUR(x) "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])
+__device__ __forceinline__ void multiply_add_wide(__half, float (&c)[8][4], const uint32_t (&a)[4], const unsigned char* base, int rows) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
+      : SK_FOUR(c[0]), SK_FOUR(c[1]), SK_FOUR(c[2]), SK_FOUR(c[3]), SK_FOUR(c[4]), SK_FOUR(c[5]), SK_FOUR(c[6]), SK_FOUR(c[7])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix_descriptor(base, rows)));
+}
+__device__ __forceinline__ void multiply_add_wide(__nv_bfloat16, float (&c)[8][4], const uint32_t (&a)[4], const unsigned char* base, int rows) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
+      : SK_FOUR(c[0]), SK_FOUR(c[1]), SK_FOUR(c[2]), SK_FOUR(c[3]), SK_FOUR(c[4]), SK_FOUR(c[5]), SK_FOUR(c[6]), SK_FOUR(c[7])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix_descriptor(base, rows)));
+}
+__device__ __forceinline__ void multiply_add_wide(__half, float (&c)[16][4], const uint32_t (&a)[4], const unsigned char* base, int rows) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
+      : SK_FOUR(c[0]), SK_FOUR(c[1]), SK_FOUR(c[2]), SK_FOUR(c[3]), SK_FOUR(c[4]), SK_FOUR(c[5]), SK_FOUR(c[6]), SK_FOUR(c[7]), SK_FOUR(c[8]), SK_FOUR(c[9]), SK_FOUR(c[10]), SK_FOUR(c[11]), SK_FOUR(c[12]), SK_FOUR(c[13]), SK_FOUR(c[14]), SK_FOUR(c[15])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix_descriptor(base, rows)));
+}
+__device__ __forceinline__ void multiply_add_wide(__nv_bfloat16, float (&c)[16][4], const uint32_t (&a)[4], const unsigned char* base, int rows) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
+      : SK_FOUR(c[0]), SK_FOUR(c[1]), SK_FOUR(c[2]), SK_FOUR(c[3]), SK_FOUR(c[4]), SK_FOUR(c[5]), SK_FOUR(c[6]), SK_FOUR(c[7]), SK_FOUR(c[8]), SK_FOUR(c[9]), SK_FOUR(c[10]), SK_FOUR(c[11]), SK_FOUR(c[12]), SK_FOUR(c[13]), SK_FOUR(c[14]), SK_FOUR(c[15])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix_descriptor(base, rows)));
+}
+#undef SK_FOUR
+// What was written to registers, and by copies into shared memory, is seen by the products that follow.
+__device__ __forceinline__ void before_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void copies_before_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void close_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kLeft> __device__ __forceinline__ void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory"); }
+#else
+constexpr bool kFourWarpsTogether = false;
+template <class T, int kAlong>
+__device__ __forceinline__ void multiply_add_wide(T, float (&)[kAlong][4], const uint32_t (&)[4], const unsigned char*, int) {}
+__device__ __forceinline__ void before_products() {}
+__device__ __forceinline__ void copies_before_products() {}
+__device__ __forceinline__ void close_products() {}
+template <int kLeft> __device__ __forceinline__ void wait_for_products() {}
+#endif
+
+// The shared memory that the launch gave the block, where such rows begin at multiples of 512 bytes.
+__device__ __forceinline__ unsigned char* shared_matrices() {
+  extern __shared__ __align__(1024) unsigned char matrices[];
+  return matrices;
+}
+
+// 8 or 16 bytes into shared memory, `to` bytes from `base` on, or zeros if they are not there. Copies belong to the group that is closed
+// next.
+template <int kBytes> __device__ __forceinline__ void copy_async(unsigned char* base, int to, const void* from, bool there) {
+  const unsigned address = shared_address(base) + to;
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(there ? 16 : 0) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(kBytes), "r"(there ? kBytes : 0) : "memory");
 }
 __device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until no more than kLeft groups are under way.
@@ -59,30 +124,6 @@ __device__ __forceinline__ unsigned add_to_count(unsigned* p) {
 // A number that nobody else gets; it says nothing of what others wrote.
 __device__ __forceinline__ unsigned take_number(unsigned* p) { return atomicAdd(p, 1u); }
 __device__ __forceinline__ void wait_a_little() { __nanosleep(100); }
-
-// Of a cluster; launched where there are clusters alone.
-__device__ __forceinline__ int block_in_cluster() {
-  unsigned rank = 0;
-#if __CUDA_ARCH__ >= 900
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-  return static_cast<int>(rank);
-}
-__device__ __forceinline__ void wait_for_cluster() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-// What block `rank` has where this block has *p, in shared memory.
-__device__ __forceinline__ float load_of_block(const float* p, int rank) {
-  float value = 0;
-#if __CUDA_ARCH__ >= 900
-  unsigned address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-#endif
-  return value;
-}
 
 }  // namespace sk::cuda
 

@@ -1,305 +1,246 @@
 // unit: the whole eval unit in one launch. x is read once and v written once; the activated branches u never reach device memory.
 //
-// Small maps: a cluster of blocks for each image, each block with the branches of its share of the channels in its shared memory. Of the
-// attention, the blocks exchange their shares of the reduced descriptor.
+// The output is cut into tiles of pixels, of one image or of a few small ones. u lives in a ring of tiles that stays in the L2 cache. The
+// work is a list of items in a fixed order: step i of it has the convolutions of pixel tile i, one of each channel tile, and then the parts
+// of the selection of pixel tile i - lag. Blocks take the items one after the other by a counter. Whoever finishes the last convolution of
+// an image computes its attention. So
 //
-// Others: u lives in a ring of a few images that stays in the L2 cache. The work is a list of items in a fixed order: step i of it has the
-// convolutions of image i, a tile or a few, and then the parts of the selection of image i - lag. Blocks take the items one after the
-// other by a counter. Whoever finishes the last convolution of an image computes its attention. So
+//   a part of the selection of tile t waits for the convolutions of all images in t, of which one computes an image's attention;
+//   a convolution of tile t waits for the parts of the selection of tile t - slots, whose place in the ring it takes.
 //
-//   a part of the selection of image b waits for the convolutions of b, of which one computes the attention;
-//   a convolution of image b waits for the parts of the selection of image b - slots, whose place in the ring it takes.
-//
-// lag < slots, so both wait for items that come before them in the list alone, and those have been taken, by blocks that run. Of all
-// items that are not finished the first therefore waits for nobody: it ends, and so does every one after it, however many blocks the
-// device holds at a time, be it one, and in whatever order they run. Beyond that, lag and slots are only there to make waits short: when
-// an item is taken, what it waits for was taken at least as many items ago as there are blocks, if the cache has room for as many images.
+// No image in tile t has pixels beyond tile t + lag, and lag < slots, so both wait for items that come before them in the list alone, and
+// those have been taken, by blocks that run. Of all items that are not finished the first therefore waits for nobody: it ends, and so does
+// every one after it, however many blocks the device holds at a time, be it one, and in whatever order they run. Beyond that, lag and slots
+// are only there to make waits short: when an item is taken, what it waits for was taken at least as many items ago as there are blocks, if
+// the cache has room for as many tiles.
 
 #include "attention.cuh"
 #include "convolution.cuh"
 
 namespace sk::cuda {
 
-// Vectors of 8 channels that a thread selects in one item.
-constexpr int kSelected = 4;
+// Vectors of 8 channels that a thread selects at a time, and about how many values a part of the selection has.
+constexpr int kSelected = 4, kPartValues = 16384;
 
 struct Ring {
   Unit unit;
   Cut cut;
-  // Images that have a place; how many images later the selection comes; channel tiles of one item. Items of one image, convolutions and
-  // parts of the selection; all items.
-  int slots, lag, share;
-  int64_t convolutions, parts, items;
-  // Of every slot: u, T (M, H', W', C); sums over the pixels of a tile (pixel tiles, C); the attention (M, C).
+  Layout layout;
+  // Tiles that have a place; how many tiles later the selection comes; pixels of a part of it, and how many parts of a tile there are; all
+  // items.
+  int slots, lag, part_pixels, parts;
+  unsigned items;
+  // Of every slot: u, T (M, run, C). Of every image in a tile: sums over its pixels there, tile + image being the row. Of every image: the
+  // attention (M, C).
   void* u;
   float *sums, *a;
-  // The next item; of every image its finished convolutions, whether its attention is there, its finished parts of the selection.
+  // The next item; of every image its finished convolutions, and whether its attention is there; of every tile its finished parts of the
+  // selection.
   unsigned *next, *convolved, *attended, *selected;
 };
 
-// What comes first in the shared memory: the item, and what a count was.
-constexpr int kItemBytes = 16;
+// What comes first in the shared memory: an item; 2: there are no more; and then whether an image of its tile is complete.
+struct Taken {
+  int convolves, tile, index;
+  bool complete[kMostImages];
+};
+static_assert(sizeof(Taken) <= Layout::kWhere);
 
-// Whether an item may be several tiles of so many channels. One of 64 is work enough, and there are no registers for a loop around it.
-__host__ __device__ constexpr bool several(int channels) { return channels < 64; }
-
-template <class T, class Tile> __device__ __forceinline__ void convolve(const Ring& f, int64_t b, int index) {
-  const int tiles = f.cut.channel_tiles();
-  const int64_t slot = b % f.slots, C = f.unit.C, values = f.cut.area() * C;
-  const auto convolve_tile = [&](int pixel_tile, int channel_tile) {
-    const Convolution<T, Tile> tile(f.unit, f.cut, b, pixel_tile, channel_tile, shared_memory<unsigned char>() + kItemBytes);
-    tile.run(static_cast<T*>(f.u) + slot * f.unit.M * values + tile.first_channel, values, C,
-             f.sums + (slot * f.cut.pixel_tiles() + pixel_tile) * C + tile.first_channel);
-  };
-  if constexpr (several(Tile::kChannels)) {
-    const int items = (tiles + f.share - 1) / f.share, first = index % items * f.share;
-    for (int i = first; i < first + f.share && i < tiles; ++i) {
-      if (i > first) __syncthreads();
-      convolve_tile(index / items, i);
-    }
+// term(get) with get(i) = element i.
+template <class F> __device__ __forceinline__ void with_elements(const Array& array, const F& term) {
+  if (array.type == Type::float32) {
+    const float* const values = static_cast<const float*>(array.data);
+    term([values](int64_t i) { return values[i]; });
   } else {
-    convolve_tile(index / tiles, index % tiles);
+    term([&array](int64_t i) { return at<float>(array, i); });
   }
 }
 
-__device__ __forceinline__ float hidden_of(const Attend& f, int64_t d, float reduced) {
-  return Column<float>(f, d, at<float>(f.given_mean, d), at<float>(f.given_var, d)).act(reduced);
-}
-
-// The attention of one image, by one block.
-__device__ __forceinline__ void attend_to(const Ring& f, int64_t b) {
+// The attention of one image, by one block, four rows of a matrix at a time.
+__device__ __forceinline__ void attend_to(const Ring& f, int image, float* s) {
+  constexpr int kTogether = 4;
   const Attend& attention = f.unit.attention;
-  const int64_t C = f.unit.C, D = attention.D, slot = b % f.slots, tiles = f.cut.pixel_tiles();
-  const int lane = threadIdx.x % kWarp;
-  float* const s = reinterpret_cast<float*>(shared_memory<unsigned char>() + kItemBytes);
+  const int C = f.unit.C, D = static_cast<int>(attention.D), lane = threadIdx.x % kWarp, rows = f.unit.M * C;
   float* const hidden = s + C;
-  for (int64_t c = threadIdx.x; c < C; c += kThreads) {
+  const int first = f.cut.first_tile(image), last = f.cut.last_tile(image);
+  for (int c = threadIdx.x; c < C; c += kThreads) {
     float total = 0;
-    for (int64_t i = 0; i < tiles; ++i) total += load_fresh(f.sums + (slot * tiles + i) * C + c);
+#pragma unroll 8
+    for (int tile = first; tile <= last; ++tile) total += load_fresh(f.sums + int64_t{tile + image} * C + c);
     s[c] = total / static_cast<float>(f.cut.area());
   }
   __syncthreads();
-  for (int64_t d = threadIdx.x / kWarp; d < D; d += kWarps) {
-    float total[1] = {};
-    sum_in_blocks(lane, C, kWarp, total, [&](int64_t c, float (&part)[1]) { part[0] += at<float>(attention.fc_reduce, d * C + c) * s[c]; });
-    const float reduced = sum_of_lanes(total[0], kWarp);
-    if (lane == 0) hidden[d] = hidden_of(attention, d, reduced);
-  }
+  with_elements(attention.fc_reduce, [&](const auto& weight) {
+    for (int d = threadIdx.x / kWarp * kTogether; d < D; d += kWarps * kTogether) {
+      float total[kTogether] = {};
+      sum_in_blocks(lane, C, kWarp, total, [&](int64_t c, float(&part)[kTogether]) {
+#pragma unroll
+        for (int k = 0; k < kTogether; ++k) part[k] += weight(int64_t{d + k < D ? d + k : d} * C + c) * s[c];
+      });
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) total[k] = sum_of_lanes(total[k], kWarp);
+      if (lane < kTogether && d + lane < D) {
+        const float reduced = lane == 0 ? total[0] : lane == 1 ? total[1] : lane == 2 ? total[2] : total[3];
+        hidden[d + lane] = Column<float>(attention, d + lane, at<float>(attention.given_mean, d + lane),
+                                         at<float>(attention.given_var, d + lane)).act(reduced);
+      }
+    }
+  });
   __syncthreads();
-  float* const a = f.a + slot * f.unit.M * C;
-  for (int64_t row = threadIdx.x / kWarp; row < f.unit.M * C; row += kWarps) {
-    float total[1] = {};
-    logits_of(attention.fc_select, row, D, hidden, 1, total);
-    if (lane == 0) a[row] = total[0];
-  }
+  float* const a = f.a + int64_t{image} * rows;
+  with_elements(attention.fc_select, [&](const auto& weight) {
+    for (int row = threadIdx.x; row < rows; row += kThreads * kTogether) {
+      float total[kTogether] = {};
+      sum_in_blocks(0, D, 1, total, [&](int64_t d, float(&part)[kTogether]) {
+#pragma unroll
+        for (int k = 0; k < kTogether; ++k)
+          part[k] += weight(int64_t{row + k * kThreads < rows ? row + k * kThreads : row} * D + d) * hidden[d];
+      });
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k)
+        if (row + k * kThreads < rows) a[row + k * kThreads] = total[k];
+    }
+  });
   __syncthreads();
-  for (int64_t c = threadIdx.x; c < C; c += kThreads) softmax(a + c, f.unit.M, C);
+  for (int c = threadIdx.x; c < C; c += kThreads) softmax(a + c, f.unit.M, C);
 }
 
-// v = sum_m a_m u_m for kThreads * kSelected vectors of an image.
-template <class T> __device__ __forceinline__ void select_part(const Ring& f, int64_t b, int64_t index) {
+// v = sum_m a_m u_m for some pixels of a tile.
+template <class T> __device__ __forceinline__ void select_part(const Ring& f, int tile, int part) {
   constexpr int V = 8;
-  const int64_t C = f.unit.C, slot = b % f.slots, values = f.cut.area() * C, first = (index * kThreads * kSelected + threadIdx.x) * V;
-  const T* const u = static_cast<const T*>(f.u) + slot * f.unit.M * values;
-  const float* const a = f.a + slot * f.unit.M * C;
-  // All vectors of a thread may be of the same channels.
-  const bool same = kThreads * V % C == 0;
-  float total[kSelected][V] = {};
-  for (int m = 0; m < f.unit.M; ++m) {
-    uint4 packed[kSelected] = {};
+  const Pixels pixels(f.cut, tile);
+  const int C = f.unit.C, vectors = C / V, lanes = vectors < kThreads ? vectors : kThreads, rows = kThreads / lanes;
+  const int first = part * f.part_pixels, behind = first + f.part_pixels, end = behind < pixels.count ? behind : pixels.count;
+  const int64_t branch = int64_t{f.cut.run} * C;
+  const T* const u = static_cast<const T*>(f.u) + tile % f.slots * f.unit.M * branch;
+  const int first_image = pixels.first_image();
+  const bool one_image = first_image == pixels.last_image();
+  if (threadIdx.x >= static_cast<unsigned>(lanes * rows)) return;
+  for (int c = threadIdx.x % lanes * V; c < C; c += lanes * V)
+    for (int p = first + threadIdx.x / lanes; p < end; p += rows * kSelected) {
+      float total[kSelected][V] = {};
+      int image[kSelected];
 #pragma unroll
-    for (int j = 0; j < kSelected; ++j)
-      if (first + j * kThreads * V < values)
-        packed[j] = load_fresh(reinterpret_cast<const uint4*>(u + m * values + first + j * kThreads * V));
-    float weights[V];
+      for (int j = 0; j < kSelected; ++j) image[j] = one_image ? first_image : pixels.image_of(p + j * rows < end ? p + j * rows : p);
+#pragma unroll 1
+      for (int m = 0; m < f.unit.M; ++m) {
+        uint4 packed[kSelected] = {};
 #pragma unroll
-    for (int j = 0; j < kSelected; ++j) {
-      if (j == 0 || !same) {
-        const float4* const from = reinterpret_cast<const float4*>(a + m * C + (first + j * kThreads * V) % C);
-        const float4 halves[2] = {load_fresh(from), load_fresh(from + 1)};
-        memcpy(weights, halves, sizeof(weights));
+        for (int j = 0; j < kSelected; ++j)
+          if (p + j * rows < end) packed[j] = load_fresh(reinterpret_cast<const uint4*>(u + m * branch + int64_t{p + j * rows} * C + c));
+        float weights[V];
+#pragma unroll
+        for (int j = 0; j < kSelected; ++j) {
+          if (j == 0 || image[j] != image[j - 1]) {
+            const float4* const from = reinterpret_cast<const float4*>(f.a + (int64_t{image[j]} * f.unit.M + m) * C + c);
+            const float4 halves[2] = {load_fresh(from), load_fresh(from + 1)};
+            memcpy(weights, halves, sizeof(weights));
+          }
+          T values[V];
+          memcpy(values, &packed[j], sizeof(values));
+#pragma unroll
+          for (int i = 0; i < V; ++i) total[j][i] += weights[i] * widen(values[i]);
+        }
       }
-      T branch[V];
-      memcpy(branch, &packed[j], sizeof(branch));
 #pragma unroll
-      for (int i = 0; i < V; ++i) total[j][i] += weights[i] * widen(branch[i]);
+      for (int j = 0; j < kSelected; ++j)
+        if (p + j * rows < end) store(static_cast<T*>(f.unit.v) + int64_t{pixels.output(f.cut, p + j * rows)} * C + c, total[j]);
     }
-  }
-#pragma unroll
-  for (int j = 0; j < kSelected; ++j)
-    if (first + j * kThreads * V < values) store(static_cast<T*>(f.unit.v) + b * values + first + j * kThreads * V, total[j]);
 }
 
 // An item of the list.
 struct Item {
   bool convolves;
-  int64_t image, index;
+  int tile, index;
 
   // Steps 0 ... lag - 1 convolve, the next ones do both, the last `lag` select.
-  __device__ __forceinline__ Item(const Ring& f, int64_t i) {
-    const int64_t convolutions = f.convolutions, parts = f.parts, lag = f.lag;
-    int64_t step = i / convolutions, rest = i % convolutions;
+  __device__ __forceinline__ Item(const Ring& f, unsigned i) {
+    const unsigned convolutions = f.cut.channel_tiles(), parts = f.parts, lag = f.lag, tiles = f.cut.tiles;
+    unsigned step = i / convolutions, rest = i % convolutions;
     if (step >= lag) {
       i -= lag * convolutions;
       step = lag + i / (convolutions + parts);
       rest = i % (convolutions + parts);
-      if (step >= f.unit.B) {
-        i -= (f.unit.B - lag) * (convolutions + parts);
-        step = f.unit.B + i / parts;
+      if (step >= tiles) {
+        i -= (tiles - lag) * (convolutions + parts);
+        step = tiles + i / parts;
         rest = convolutions + i % parts;
       }
     }
     convolves = rest < convolutions;
-    image = convolves ? step : step - lag;
-    index = convolves ? rest : rest - convolutions;
+    tile = static_cast<int>(convolves ? step : step - lag);
+    index = static_cast<int>(convolves ? rest : rest - convolutions);
   }
 
   __device__ __forceinline__ void wait(const Ring& f) const {
-    const int64_t before = image - f.slots;
-    if (!convolves)
-      while (read_count(f.attended + image) == 0) wait_a_little();
-    else if (before >= 0)
-      while (read_count(f.selected + before) < f.parts) wait_a_little();
+    if (convolves) {
+      if (tile >= f.slots)
+        while (read_count(f.selected + tile - f.slots) < static_cast<unsigned>(f.parts)) wait_a_little();
+    } else {
+      const Pixels pixels(f.cut, tile);
+      for (int image = pixels.first_image(), last = pixels.last_image(); image <= last; ++image)
+        while (read_count(f.attended + image) == 0) wait_a_little();
+    }
   }
 };
 
-// After all of the block have done their part, thread 0 counts it: its fence speaks for all, as they met before. They get what
-// `count` was.
-__device__ __forceinline__ unsigned finish(unsigned* count) {
-  unsigned* const shared = shared_memory<unsigned>();
-  __syncthreads();
-  if (threadIdx.x == 0) shared[1] = add_to_count(count);
-  __syncthreads();
-  return shared[1];
-}
-
 template <class T, class Tile> __global__ __launch_bounds__(kThreads, 2) void _unit_kernel(const __grid_constant__ Ring f) {
-  unsigned* const shared = shared_memory<unsigned>();
+  // Where four warps cannot multiply together, nobody asks for it.
+  if constexpr (Tile::kWide && !kFourWarpsTogether) return;
+  unsigned char* const shared = shared_matrices();
+  Taken* const taken = reinterpret_cast<Taken*>(shared);
+  Where* const where = reinterpret_cast<Where*>(shared + Layout::kWhere);
   for (;;) {
     if (threadIdx.x == 0) {
       const unsigned next = take_number(f.next);
-      if (next < f.items) Item(f, next).wait(f);
-      shared[0] = next;
+      taken->convolves = 2;
+      if (next < f.items) {
+        const Item item(f, next);
+        item.wait(f);
+        taken->convolves = item.convolves;
+        taken->tile = item.tile;
+        taken->index = item.index;
+        if (item.convolves) *where = Where(f.unit, f.cut, item.tile, item.index, Tile::kChannels);
+      }
     }
     __syncthreads();
-    const unsigned taken = shared[0];
-    if (taken >= f.items) return;
-    const Item item(f, taken);
-    if (item.convolves) {
-      convolve<T, Tile>(f, item.image, static_cast<int>(item.index));
-      if (finish(f.convolved + item.image) + 1 == f.convolutions) {
-        attend_to(f, item.image);
-        finish(f.attended + item.image);
-      }
-    } else {
-      select_part<T>(f, item.image, item.index);
-      finish(f.selected + item.image);
-    }
-  }
-}
-
-// One image in a cluster: block `rank` has the channel tiles [rank * share, (rank + 1) * share).
-struct Clustered {
-  Unit unit;
-  Cut cut;
-  int blocks, share;
-};
-
-// Shared memory of a block: beside that of a tile, in float, for each of its columns s and the sums of a tile, the attention (M, columns),
-// and two vectors of D; and u, T (M, H', W', columns). A column is a channel, or none, where a tile has fewer.
-struct Shares {
-  int columns;
-  int64_t tile, floats, u;
-  __host__ __device__ Shares(const Unit& f, const Cut& cut, int share, int kChannels)
-      : columns(share * kChannels),
-        tile(cut.shared(kChannels)),
-        floats(((2 + f.M) * columns + (2 * f.attention.D + 3) / 4 * 4) * static_cast<int64_t>(sizeof(float))),
-        u(f.M * cut.area() * columns * 2) {}
-  __host__ __device__ int64_t all() const { return tile + floats + u; }
-};
-
-template <class T, class Tile> __global__ __launch_bounds__(kThreads, 2) void _unit_in_cluster_kernel(const __grid_constant__ Clustered f) {
-  const Attend& attention = f.unit.attention;
-  const Shares shares(f.unit, f.cut, f.share, Tile::kChannels);
-  const int M = f.unit.M, columns = shares.columns, rank = block_in_cluster();
-  const int64_t C = f.unit.C, D = attention.D, b = blockIdx.x / f.blocks, area = f.cut.area();
-  unsigned char* const shared = shared_memory<unsigned char>();
-  float *const s = reinterpret_cast<float*>(shared + shares.tile), *const sums = s + columns, *const a = sums + columns;
-  float *const reduced = a + M * columns, *const hidden = reduced + D;
-  T* const u = reinterpret_cast<T*>(shared + shares.tile + shares.floats);
-  const auto channel_of = [&](int column) -> int64_t {
-    const int tile = rank * f.share + column / Tile::kChannels;
-    if (tile >= f.cut.channel_tiles()) return -1;
-    const int channel = f.cut.first_channel(tile, Tile::kChannels) + column % Tile::kChannels;
-    return channel < f.cut.end_channel(tile, Tile::kChannels) ? channel : -1;
-  };
-
-  for (int column = threadIdx.x; column < columns; column += kThreads) s[column] = 0;
-  for (int i = 0; i < f.share && rank * f.share + i < f.cut.channel_tiles(); ++i)
-    for (int pixel_tile = 0; pixel_tile < f.cut.pixel_tiles(); ++pixel_tile) {
-      const Convolution<T, Tile> tile(f.unit, f.cut, b, pixel_tile, rank * f.share + i, shared);
-      tile.run(u + i * Tile::kChannels, area * columns, columns, sums);
+    if (taken->convolves == 2) return;
+    // After all of the block have done their part, one thread counts it: its fence speaks for all, as they met before.
+    if (taken->convolves == 0) {
+      select_part<T>(f, taken->tile, taken->index);
       __syncthreads();
-      if (threadIdx.x < Tile::kChannels && channel_of(i * Tile::kChannels + threadIdx.x) >= 0)
-        s[i * Tile::kChannels + threadIdx.x] += sums[threadIdx.x];
+      if (threadIdx.x == 0) add_to_count(f.selected + taken->tile);
+      continue;
     }
-  __syncthreads();
-
-  // This block's share of fc_reduce . s; then all of them together, in their order.
-  const int lane = threadIdx.x % kWarp;
-  for (int64_t d = threadIdx.x / kWarp; d < D; d += kWarps) {
-    float total[1] = {};
-    sum_in_blocks(lane, columns, kWarp, total, [&](int64_t column, float (&part)[1]) {
-      const int64_t c = channel_of(static_cast<int>(column));
-      if (c >= 0) part[0] += at<float>(attention.fc_reduce, d * C + c) * s[column];
-    });
-    total[0] = sum_of_lanes(total[0], kWarp);
-    if (lane == 0) reduced[d] = total[0] / static_cast<float>(area);
-  }
-  wait_for_cluster();
-  for (int64_t d = threadIdx.x; d < D; d += kThreads) {
-    float total = 0;
-    for (int other = 0; other < f.blocks; ++other) total += load_of_block(reduced + d, other);
-    hidden[d] = hidden_of(attention, d, total);
-  }
-  // Nobody ends as long as another may read what it has.
-  wait_for_cluster();
-
-  for (int i = threadIdx.x / kWarp; i < M * columns; i += kWarps) {
-    const int64_t c = channel_of(i % columns);
-    if (c < 0) continue;
-    float total[1] = {};
-    logits_of(attention.fc_select, i / columns * C + c, D, hidden, 1, total);
-    if (lane == 0) a[i] = total[0];
-  }
-  __syncthreads();
-  for (int column = threadIdx.x; column < columns; column += kThreads)
-    if (channel_of(column) >= 0) softmax(a + column, M, columns);
-  __syncthreads();
-
-  constexpr int V = 8;
-  const int vectors = columns / V;
-  for (int64_t i = threadIdx.x; i < area * vectors; i += kThreads) {
-    const int column = static_cast<int>(i % vectors) * V;
-    const int64_t c = channel_of(column), pixel = i / vectors;
-    if (c < 0) continue;
-    float total[V] = {};
-    for (int m = 0; m < M; ++m) {
-      float branch[V];
-      load(u + (m * area + pixel) * columns + column, branch);
-#pragma unroll
-      for (int e = 0; e < V; ++e) total[e] += a[m * columns + column + e] * branch[e];
+    const int64_t branch = int64_t{f.cut.run} * f.unit.C;
+    Convolution<T, Tile>(f.unit, f.cut, f.layout, shared)
+        .run(static_cast<T*>(f.u) + taken->tile % f.slots * f.unit.M * branch, branch, f.sums + int64_t{taken->tile} * f.unit.C);
+    __syncthreads();
+    const int first = where->first_image(), images = where->last_image() - first + 1;
+    if (static_cast<int>(threadIdx.x) < images) {
+      const int image = first + static_cast<int>(threadIdx.x);
+      const unsigned all = (f.cut.last_tile(image) - f.cut.first_tile(image) + 1) * f.cut.channel_tiles();
+      taken->complete[threadIdx.x] = add_to_count(f.convolved + image) + 1 == all;
     }
-    store(static_cast<T*>(f.unit.v) + (b * area + pixel) * C + c, total);
+    __syncthreads();
+#pragma unroll 1
+    for (int i = 0; i < images; ++i) {
+      if (!taken->complete[i]) continue;
+      attend_to(f, first + i, reinterpret_cast<float*>(shared + Layout::kNorms));
+      __syncthreads();
+      if (threadIdx.x == 0) add_to_count(f.attended + first + i);
+    }
   }
 }
 
-// The tiles that there are.
-template <class F> static void with_tile(int pixels, int channels, const F& f) {
-  if (channels == 16) f.template operator()<Tile<128, 16>>();
-  else if (channels == 32) f.template operator()<Tile<128, 32>>();
-  else if (pixels == 64) f.template operator()<Tile<64, 64>>();
-  else f.template operator()<Tile<128, 64>>();
+// The tiles that there are: of several small blocks, and of one.
+template <class F> static void with_tile(int channels, int block, bool wide, const F& f) {
+  if (block == 16) f.template operator()<Tile<256, 64, 16, false>>();
+  else if (block == 32) f.template operator()<Tile<256, 64, 32, false>>();
+  else if (channels == 128 && wide) f.template operator()<Tile<128, 128, 128, true>>();
+  else if (channels == 128) f.template operator()<Tile<128, 128, 128, false>>();
+  else if (wide) f.template operator()<Tile<256, 64, 64, true>>();
+  else f.template operator()<Tile<256, 64, 64, false>>();
 }
 
 template <class F> static void with_type(Type type, const F& f) {
@@ -318,91 +259,73 @@ static std::string shape_of(const Unit& f) {
 // What every device from sm_80 on lets a block have.
 constexpr int64_t kMostShared = 99 * 1024;
 
-// A road, its tile, and its shared memory.
+// A tile, its shared memory, the blocks that the device holds, and the ring.
 struct Plan {
-  bool clustered;
-  int pixels, channels;
+  int channels, block;
+  bool wide;
   int64_t shared;
   Cut cut;
-  // Of the cluster: blocks, and channel tiles of each. Of the ring: blocks that the device holds, channel tiles of an item, slots.
-  int blocks, share, slots;
-  // Items of an image that convolve.
-  int64_t convolutions() const { return cut.pixel_tiles() * quotient(cut.channel_tiles(), share); }
+  Layout layout;
+  int blocks, slots, lag, part_pixels, parts;
 };
 
 static Cut cut_of(const Unit& f) {
-  if (f.H * f.W >= int64_t{1} << 31 || f.channels >= 1 << 20 || f.C >= 1 << 20) refuse(f, "images of too many pixels or channels");
+  if (f.B * f.H * f.W >= int64_t{1} << 31 || f.channels >= 1 << 20 || f.C >= 1 << 20) refuse(f, "too many pixels or channels");
   Cut cut{};
   cut.height = static_cast<int>((f.H - 1) / f.stride + 1);
   cut.columns = static_cast<int>((f.W - 1) / f.stride + 1);
   cut.reach = *std::max_element(f.dilations, f.dilations + f.M);
   cut.channels = f.C;
-  const bool packed = f.inputs < kInputs;
-  cut.inputs = packed ? kInputs : f.inputs;
-  cut.outputs = packed ? kInputs : f.C / f.groups;
-  cut.blocks = packed ? static_cast<int>(quotient(f.C, kInputs)) : f.groups;
   return cut;
 }
 
-// Tiles of `run` pixels of `strips` strips by so many channels.
-static void cut_into(const Unit& f, Cut& cut, int channels, int run, int strips) {
+// Tiles of `run` pixels of `strips` strips.
+static void cut_into(const Unit& f, Cut& cut, int run, int strips) {
   const int wide = static_cast<int>(quotient(cut.columns, strips)), narrow = cut.columns / strips;
-  cut.block_tiles = static_cast<int>(quotient(cut.outputs, channels));
+  const int64_t read_width = std::min<int64_t>(f.W, (wide - 1) * f.stride + 1 + 2 * cut.reach);
+  const int64_t all_rows = (strips == 1 ? f.B : 1) * f.H, rows = quotient(run - 1, narrow);
   cut.run = run;
   cut.strips = strips;
-  cut.strip_tiles = static_cast<int>(quotient(int64_t{cut.height} * wide, run));
-  const int rows = static_cast<int>(quotient(run - 1, narrow)) + 1;
-  cut.rows = (std::min(cut.height, rows) - 1) * f.stride + 1 + 2 * cut.reach;
-  cut.row_pixels = (wide - 1) * f.stride + 1 + 2 * cut.reach;
+  cut.strip_rows = static_cast<int>(strips == 1 ? f.B * cut.height : cut.height);
+  cut.strip_tiles = static_cast<int>(quotient(int64_t{cut.strip_rows} * wide, run));
+  cut.tiles = static_cast<int>(strips == 1 ? cut.strip_tiles : f.B * strips * cut.strip_tiles);
+  cut.read = static_cast<int>(
+      std::min(all_rows * read_width, f.stride * (run - 1 + rows * (read_width - narrow)) + 1 + 2 * cut.reach * (read_width + 1)));
 }
 
-// A cluster of at most 8 blocks, as every device with clusters has them, if its shared memory holds an image.
-static bool plan_cluster(const Unit& f, int device, Plan& plan) {
-  if (attribute_of_device(cudaDevAttrComputeCapabilityMajor, "unit", device) < 9) return false;
-  const int64_t most = attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin, "unit", device);
-  if (plan.cut.columns > 64) return false;
-  cut_into(f, plan.cut, plan.channels, plan.pixels, 1);
-  plan.share = static_cast<int>(quotient(plan.cut.channel_tiles(), 8));
-  plan.blocks = static_cast<int>(quotient(plan.cut.channel_tiles(), plan.share));
-  plan.shared = Shares(f, plan.cut, plan.share, plan.channels).all();
-  if (plan.shared > most || f.B * plan.blocks >= int64_t{1} << 31) return false;
-  bool holds = false;
-  with_type(f.type, [&]<class T>() {
-    with_tile(plan.pixels, plan.channels, [&]<class Tile>() {
-      holds = holds_cluster<_unit_in_cluster_kernel<T, Tile>>("unit", plan.blocks, plan.shared, device);
-    });
-  });
-  return holds;
-}
-
-static void plan_ring(const Unit& f, int device, Plan& plan) {
+template <class Tile> static void plan_tile(const Unit& f, int device, Plan& plan) {
   Cut& cut = plan.cut;
-  const int fewest = static_cast<int>(quotient(cut.columns, 64)), most = std::max(fewest, cut.columns / 16);
+  cut.blocks = Tile::kSeveral ? 1 : f.groups;
+  cut.inputs = Tile::kSeveral ? Tile::kBlock : f.inputs;
+  cut.outputs = f.C / cut.blocks;
+  cut.block_tiles = static_cast<int>(quotient(cut.outputs, Tile::kChannels));
+  cut.chunks = static_cast<int>(quotient(cut.inputs, Tile::kInputs));
+  cut.parts = !f.split && cut.chunks == 1 ? 1 : f.M * cut.chunks;
+  const int fewest = static_cast<int>(quotient(cut.columns, 256)), most = std::max(fewest, cut.columns / 16);
   plan.shared = kMostShared + 1;
-  for (int run = plan.pixels; plan.shared > kMostShared; run /= 2)
+  // No more images than a tile may have.
+  const int64_t longest = int64_t{cut.area()} * (kMostImages - 1) + 1;
+  for (int run = static_cast<int>(std::min<int64_t>(Tile::kPixels, longest)); plan.shared > kMostShared && run > 0; run /= 2)
     for (int strips = fewest; strips <= most && plan.shared > kMostShared; ++strips) {
-      cut_into(f, cut, plan.channels, run, strips);
-      plan.shared = kItemBytes + cut.shared(plan.channels);
+      cut_into(f, cut, run, strips);
+      plan.layout = Layout::of(Tile{}, f.M, cut);
+      plan.shared = plan.layout.all;
     }
-  plan.shared = std::max<int64_t>(plan.shared, kItemBytes + (f.C + f.attention.D) * static_cast<int64_t>(sizeof(float)));
+  plan.shared = std::max<int64_t>(plan.shared, Layout::kNorms + (f.C + f.attention.D) * static_cast<int64_t>(sizeof(float)));
   if (plan.shared > kMostShared)
     refuse(f, "an attention with D = " + std::to_string(f.attention.D) + " that does not fit into shared memory");
-  with_type(f.type, [&]<class T>() {
-    with_tile(plan.pixels, plan.channels,
-              [&]<class Tile>() { plan.blocks = resident_blocks<_unit_kernel<T, Tile>>("unit", plan.shared, device); });
-  });
-  // To take an item and to say that it is done costs about as much as so many multiplications; no more tiles than leave two items for
-  // every block.
-  constexpr int64_t kWorthwhile = 5 << 20;
-  const int64_t tile = int64_t{plan.pixels} * plan.channels * kTaps * cut.inputs * f.M, tiles = cut.channel_tiles();
-  const int64_t most_tiles = several(plan.channels) ? tiles : 1;
-  const int64_t share = std::min({most_tiles, kWorthwhile / tile, f.B * cut.pixel_tiles() * tiles / std::max(1, 2 * plan.blocks)});
-  plan.share = static_cast<int>(quotient(tiles, quotient(tiles, std::max<int64_t>(1, share))));
+  with_type(f.type, [&]<class T>() { plan.blocks = resident_blocks<_unit_kernel<T, Tile>>("unit", plan.shared, device); });
+
+  // How many tiles the last one of an image may lie behind one that it is in.
+  const int64_t behind = cut.strips == 1 ? quotient(cut.area() + cut.run - 2, cut.run) : int64_t{cut.strips} * cut.strip_tiles - 1;
+  const int64_t wanted = quotient(plan.blocks, cut.channel_tiles()) + 1, tile = int64_t{f.M} * cut.run * f.C * 2;
   // Half of the L2 cache: x, v and the weights go through it as well.
-  const int64_t cache = attribute_of_device(cudaDevAttrL2CacheSize, "unit", device);
-  const int64_t room = std::max<int64_t>(2, cache / 2 / (f.M * cut.area() * f.C * 2));
-  const int64_t wanted = quotient(plan.blocks, plan.convolutions()) + 1;
-  plan.slots = static_cast<int>(std::min({f.B, room, 2 * wanted}));
+  const int64_t room = attribute_of_device(cudaDevAttrL2CacheSize, "unit", device) / 2 / tile;
+  const int64_t slots = std::max(behind + 1, std::min(2 * wanted + behind, room));
+  plan.slots = static_cast<int>(std::min<int64_t>(slots, cut.tiles + behind));
+  plan.lag = static_cast<int>(std::min<int64_t>(cut.tiles, behind + (plan.slots - behind) / 2));
+  plan.part_pixels = static_cast<int>(std::clamp<int64_t>(kPartValues / f.C, 1, cut.run));
+  plan.parts = static_cast<int>(quotient(cut.run, plan.part_pixels));
 }
 
 static Plan plan_of(const Unit& f, int device) {
@@ -410,38 +333,41 @@ static Plan plan_of(const Unit& f, int device) {
   take_device("unit", device);
   Plan plan{};
   plan.cut = cut_of(f);
-  plan.channels = plan.cut.outputs <= 16 ? 16 : plan.cut.outputs <= 32 ? 32 : 64;
-  // Where more than a quarter of 128 pixels would be empty.
-  plan.pixels = plan.channels == 64 && quotient(plan.cut.area(), 128) * 128 * 3 > plan.cut.area() * 4 ? 64 : 128;
-  plan.clustered = plan_cluster(f, device, plan);
-  if (!plan.clustered) plan_ring(f, device, plan);
+  const int outputs = f.C / f.groups;
+  plan.block = f.inputs <= 16 && f.inputs == outputs ? 16 : f.inputs == 32 && outputs == 32 && f.groups > 1 ? 32 : 0;
+  plan.channels = plan.block == 0 && outputs > 64 ? 128 : 64;
+  plan.wide = attribute_of_device(cudaDevAttrComputeCapabilityMajor, "unit", device) == 9;
+  with_tile(plan.channels, plan.block, plan.wide, [&]<class Tile>() { plan_tile<Tile>(f, device, plan); });
   return plan;
 }
 
-// Bytes of the parts of the ring's scratch, in their order, each a multiple of 16.
+// Bytes of the parts of the scratch memory, in their order, each a multiple of 16.
 struct Scratch {
   int64_t counts, sums, a, u;
   Scratch(const Unit& f, const Plan& plan)
-      : counts(whole((1 + 3 * f.B) * sizeof(unsigned))),
-        sums(whole(int64_t{plan.slots} * plan.cut.pixel_tiles() * f.C * sizeof(float))),
-        a(whole(int64_t{plan.slots} * f.M * f.C * sizeof(float))),
-        u(whole(plan.slots * f.M * plan.cut.area() * f.C * 2)) {}
+      : counts(whole((1 + 2 * f.B + plan.cut.tiles) * sizeof(unsigned))),
+        sums(whole((plan.cut.tiles + f.B) * f.C * sizeof(float))),
+        a(whole(f.B * f.M * f.C * sizeof(float))),
+        u(whole(int64_t{plan.slots} * f.M * plan.cut.run * f.C * 2)) {}
   static int64_t whole(int64_t bytes) { return quotient(bytes, 16) * 16; }
 };
 
-static void launch_ring(const Unit& f, const Plan& plan, const std::function<void*(int64_t)>& allocate, Queue queue) {
+void unit(const Unit& f, const std::function<void*(int64_t)>& allocate, Queue queue) {
+  const Plan plan = plan_of(f, queue.device);
   const Scratch sizes(f, plan);
+  const int64_t items = int64_t{plan.cut.tiles} * (plan.cut.channel_tiles() + plan.parts);
+  if (items >= int64_t{1} << 31) refuse(f, "too much for one launch");
   auto* const bytes = static_cast<unsigned char*>(allocate(sizes.counts + sizes.sums + sizes.a + sizes.u));
   auto* const counts = reinterpret_cast<unsigned*>(bytes);
   Ring ring{};
   ring.unit = f;
   ring.cut = plan.cut;
+  ring.layout = plan.layout;
   ring.slots = plan.slots;
-  ring.lag = plan.slots / 2;
-  ring.share = plan.share;
-  ring.convolutions = plan.convolutions();
-  ring.parts = quotient(plan.cut.area() * f.C, 8 * kThreads * kSelected);
-  ring.items = f.B * (ring.convolutions + ring.parts);
+  ring.lag = plan.lag;
+  ring.part_pixels = plan.part_pixels;
+  ring.parts = plan.parts;
+  ring.items = static_cast<unsigned>(items);
   ring.next = counts;
   ring.convolved = counts + 1;
   ring.attended = ring.convolved + f.B;
@@ -449,22 +375,10 @@ static void launch_ring(const Unit& f, const Plan& plan, const std::function<voi
   ring.sums = reinterpret_cast<float*>(bytes + sizes.counts);
   ring.a = reinterpret_cast<float*>(bytes + sizes.counts + sizes.sums);
   ring.u = bytes + sizes.counts + sizes.sums + sizes.a;
-  if (ring.items >= int64_t{1} << 31) refuse(f, "too much for one launch");
   check(cudaMemsetAsync(counts, 0, sizes.counts, queue.stream), "unit", [&] { return "setting its counters to 0, " + shape_of(f); });
   with_type(f.type, [&]<class T>() {
-    with_tile(plan.pixels, plan.channels, [&]<class Tile>() {
-      launch<_unit_kernel<T, Tile>>("unit", f, std::min<int64_t>(ring.items, plan.blocks), {}, plan.shared, queue, ring);
-    });
-  });
-}
-
-void unit(const Unit& f, const std::function<void*(int64_t)>& allocate, Queue queue) {
-  const Plan plan = plan_of(f, queue.device);
-  if (!plan.clustered) return launch_ring(f, plan, allocate, queue);
-  const Clustered clustered{f, plan.cut, plan.blocks, plan.share};
-  with_type(f.type, [&]<class T>() {
-    with_tile(plan.pixels, plan.channels, [&]<class Tile>() {
-      launch<_unit_in_cluster_kernel<T, Tile>>("unit", f, f.B * plan.blocks, {.cluster = plan.blocks}, plan.shared, queue, clustered);
+    with_tile(plan.channels, plan.block, plan.wide, [&]<class Tile>() {
+      launch<_unit_kernel<T, Tile>>("unit", f, std::min<int64_t>(items, plan.blocks), {}, plan.shared, queue, ring);
     });
   });
 }

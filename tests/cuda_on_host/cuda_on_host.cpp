@@ -20,6 +20,12 @@ void __sanitizer_finish_switch_fiber(void* fake_stack_save, const void** bottom_
 cuda_on_host::Index threadIdx, blockIdx, gridDim;
 
 namespace cuda_on_host {
+
+void fail(const char* what) {
+  std::fprintf(stderr, "cuda_on_host: %s\n", what);
+  std::abort();
+}
+
 namespace {
 
 constexpr size_t kStack = 256 * 1024;
@@ -79,11 +85,6 @@ bool grid_waits = false;
 std::vector<Fiber*> ready;
 std::vector<void*> free_stacks;
 uint64_t random_state = 0;
-
-[[noreturn]] void fail(const char* what) {
-  std::fprintf(stderr, "cuda_on_host: %s\n", what);
-  std::abort();
-}
 
 uint64_t random_number() {
   random_state ^= random_state << 13;

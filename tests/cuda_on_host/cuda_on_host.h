@@ -36,6 +36,7 @@ int block_in_cluster();
 // In the shared memory of block `rank` of the cluster, what is at p in this block's.
 const void* of_block(const void* p, int rank);
 void yield();
+[[noreturn]] void fail(const char* what);
 // What lane `from` of the warp gives; all lanes of the mask call it.
 void exchange(unsigned mask, const void* mine, void* theirs, size_t size, int from);
 
@@ -45,6 +46,7 @@ const unsigned char* gather(const void* mine, size_t size);
 struct Copy {
   void* to;
   const void* from;
+  size_t bytes;
 };
 std::deque<std::vector<Copy>>& copies();
 // Before and after a count that blocks share is read, or added to.
@@ -209,8 +211,9 @@ inline void store_vector(void* p, const uint4& x) { *static_cast<uint4*>(p) = x;
 inline void wait_for_grid() { cuda_on_host::wait_for_all_blocks(); }
 
 // As intrinsics.cuh has them.
-inline void load_matrices(uint32_t (&r)[4], const void* row) {
+inline void load_matrices(uint32_t (&r)[4], const unsigned char* base, int place) {
   const unsigned lane = threadIdx.x % 32;
+  const unsigned char* const row = base + place;
   const unsigned char* const rows = cuda_on_host::gather(&row, sizeof(row));
   for (unsigned j = 0; j < 4; ++j) {
     const unsigned char* from;
@@ -240,17 +243,51 @@ template <class T> void multiply_add(T, float (&c)[4], const uint32_t (&a)[4], u
   }
 }
 
+constexpr bool kFourWarpsTogether = true;
+// Of the four warps each does its own 16 rows, when it is asked to.
+template <class T, int kAlong>
+void multiply_add_wide(T, float (&c)[kAlong][4], const uint32_t (&a)[4], const unsigned char* base, int first) {
+  const unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  T rows[4][4][2];
+  memcpy(rows, cuda_on_host::gather(a, 16) + g * 64, 64);
+  for (unsigned j = 0; j < kAlong; ++j)
+    for (unsigned e = 0; e < 2; ++e) {
+      float column[16];
+      for (unsigned k = 0; k < 16; ++k) {
+        const unsigned byte = first + (j * 8 + 2 * t + e) * 64 + k * 2;
+        T value;
+        memcpy(&value, base + (byte ^ (byte >> 7 & 3) << 4), sizeof(value));
+        column[k] = as_float(value);
+      }
+      for (unsigned h = 0; h < 2; ++h) {
+        double total = 0;
+        for (unsigned lane = 0; lane < 4; ++lane)
+          for (unsigned half = 0; half < 2; ++half)
+            for (unsigned i = 0; i < 2; ++i) total += double{as_float(rows[lane][2 * half + h][i])} * column[half * 8 + lane * 2 + i];
+        c[j][2 * h + e] += static_cast<float>(total);
+      }
+    }
+}
+inline void before_products() {}
+inline void copies_before_products() {}
+inline void close_products() {}
+template <int kLeft> void wait_for_products() {}
+inline unsigned char* shared_matrices() { return shared_memory<unsigned char>(); }
+
 // What is copied is there once it has been waited for, and not before.
-inline void copy_async(void* to, const void* from, bool there) { cuda_on_host::copies().back().push_back({to, there ? from : nullptr}); }
+template <int kBytes> void copy_async(unsigned char* base, int to, const void* from, bool there) {
+  cuda_on_host::copies().back().push_back({base + to, there ? from : nullptr, kBytes});
+}
 inline void close_copies() { cuda_on_host::copies().emplace_back(); }
 template <int kLeft> void wait_for_copies() {
   auto& groups = cuda_on_host::copies();
   // The last one is open.
   for (; groups.size() > kLeft + 1; groups.pop_front())
-    for (const auto& [to, from] : groups.front()) {
-      uint4 bytes{};
-      if (from != nullptr) bytes = *static_cast<const uint4*>(from);
-      *static_cast<uint4*>(to) = bytes;
+    for (const auto& [to, from, bytes] : groups.front()) {
+      if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0)
+        cuda_on_host::fail("a copy is not aligned");
+      if (from != nullptr) memcpy(to, from, bytes);
+      else memset(to, 0, bytes);
     }
 }
 
@@ -266,8 +303,4 @@ inline unsigned add_to_count(unsigned* p) {
 }
 inline unsigned take_number(unsigned* p) { return add_to_count(p); }
 inline void wait_a_little() {}
-
-inline int block_in_cluster() { return cuda_on_host::block_in_cluster(); }
-inline void wait_for_cluster() { cuda_on_host::wait_for_cluster(); }
-inline float load_of_block(const float* p, int rank) { return *static_cast<const float*>(cuda_on_host::of_block(p, rank)); }
 }  // namespace sk::cuda
