@@ -93,7 +93,7 @@ def show(name, layout, arguments):
 for layout in ("contiguous", "channels_last"):
     for name, arguments in test_operators.operands((2, 3, 12, 19, 17), torch.float32, layout).items():
         show(name, layout, arguments)
-    for case in ("8 a group", "dense, small maps"):
+    for case in ("8 a group", "dense, small maps", "dense, many inputs, split"):
         show("unit", layout, test_convolutions.operands(case, torch.bfloat16, layout)["unit"])
 """
 
@@ -107,7 +107,7 @@ def test_results_depend_neither_on_the_order_nor_on_the_device(hosts: tuple[Host
         run = subprocess.run([sys.executable, "-c", HASHES], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         results.append(run.stdout)
-    assert len(results[0].splitlines()) == 2 * (len(OPERATORS) + 2)
+    assert len(results[0].splitlines()) == 2 * (len(OPERATORS) + 3)
     assert all(result == results[0] for result in results)
 
 

@@ -41,11 +41,14 @@ struct Cut {
   int channels, blocks, inputs, outputs, block_tiles;
   // Chunks of a block's inputs, and how many of them a tile goes through: where all branches share one, it is there since the first.
   int chunks, parts;
+  // How many items a tile's branches are, one or as many as there are branches.
+  int pieces;
   // Pixels of x that a tile reads, at most; the reach of the longest dilation.
   int read, reach;
 
   __host__ __device__ int area() const { return height * columns; }
   __host__ __device__ int channel_tiles() const { return blocks * block_tiles; }
+  __host__ __device__ int convolutions() const { return channel_tiles() * pieces; }
   __host__ __device__ int strip_start(int strip) const { return static_cast<int>(int64_t{strip} * columns / strips); }
   // The tiles with pixels of an image.
   __host__ __device__ int first_tile(int image) const { return strips == 1 ? image * area() / run : image * strips * strip_tiles; }
@@ -117,15 +120,17 @@ struct Pixels {
 
 // Where a tile is, in the output and in x. One thread finds it out; the others have it out of shared memory, as registers are few.
 struct Where : Pixels {
-  int block, first_channel, end_channel;
+  int first_branch, end_branch, block, first_channel, end_channel;
   // Of x, in rows of `wide` pixels, the first at column `left`, all images one below the other: the tile reads `read` from `first` on.
   int left, wide, first, read;
 
-  __device__ __forceinline__ Where(const Unit& f, const Cut& cut, int tile, int channel_tile, int kChannels)
-      : Pixels(cut, tile),
-        block(channel_tile / cut.block_tiles),
-        first_channel(cut.first_channel(channel_tile, kChannels)),
-        end_channel(cut.end_channel(channel_tile, kChannels)) {
+  __device__ __forceinline__ Where(const Unit& f, const Cut& cut, int tile, int convolution, int kChannels) : Pixels(cut, tile) {
+    const int channel_tile = convolution / cut.pieces;
+    first_branch = convolution % cut.pieces;
+    end_branch = cut.pieces == 1 ? f.M : first_branch + 1;
+    block = channel_tile / cut.block_tiles;
+    first_channel = cut.first_channel(channel_tile, kChannels);
+    end_channel = cut.end_channel(channel_tile, kChannels);
     const int H = static_cast<int>(f.H), W = static_cast<int>(f.W);
     left = first_column * f.stride - cut.reach;
     if (left < 0) left = 0;
@@ -201,7 +206,7 @@ template <class T, class Tile> struct Convolution {
     if (here.wide == W) {
       const T* from = image + int64_t{here.first + p} * f.channels;
       const int64_t step = int64_t{kStep} * f.channels;
-#pragma unroll 2
+#pragma unroll 1
       for (; p < read; p += kStep, to += kStep * Tile::kPixelBytes, from += step) copy_async<16>(shared, to, from, there);
     } else {
 #pragma unroll 1
@@ -260,22 +265,20 @@ template <class T, class Tile> struct Convolution {
     const int lane = threadIdx.x % kWarp, b_row = warp_column * Tile::kColumns + lane / 16 * 8 + lane % 8, b_half = lane / 8 % 2;
 #pragma unroll
     for (int tap = 0; tap < 3; ++tap) {
-      uint32_t right[kTimes][kAlong / 2][4];
+      int row[Tile::kDown];
 #pragma unroll
-      for (int k = 0; k < kTimes; ++k)
+      for (int k = 0; k < kTimes; ++k) {
+        uint32_t right[kAlong / 2][4];
 #pragma unroll
         for (int j = 0; j < kAlong / 2; ++j)
-          load_matrices(right[k][j], shared, weights + place<Tile::kWeightBytes>(tap * Tile::kChannels + b_row + j * 16, k * 2 + b_half));
+          load_matrices(right[j], shared, weights + place<Tile::kWeightBytes>(tap * Tile::kChannels + b_row + j * 16, k * 2 + b_half));
 #pragma unroll
-      for (int i = 0; i < Tile::kDown; ++i) {
-        const int row = row_of_tap(i, tap);
-#pragma unroll
-        for (int k = 0; k < kTimes; ++k) {
+        for (int i = 0; i < Tile::kDown; ++i) {
+          if (k == 0) row[i] = row_of_tap(i, tap);
           uint32_t left[4];
-          load_matrices(left, shared, row ^ k * 32);
+          load_matrices(left, shared, row[i] ^ k * 32);
 #pragma unroll
-          for (int j = 0; j < kAlong; ++j)
-            multiply_add(T{}, c[i][j], left, right[k][j / 2][j % 2 * 2], right[k][j / 2][j % 2 * 2 + 1]);
+          for (int j = 0; j < kAlong; ++j) multiply_add(T{}, c[i][j], left, right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]);
         }
       }
     }
@@ -357,16 +360,16 @@ template <class T, class Tile> struct Convolution {
     return x[0];
   }
 
-  // u of all branches: its first pixel and channel in `u`, branches so far apart; and of every image of the tile the sums over branches and
-  // pixels, at `sums` + image * C. The block's threads are to meet before what comes next uses the shared memory.
-  __device__ __forceinline__ void run(T* u, int64_t branch_step, float* sums) const {
+  // u of the item's branches: of branch m, the tile's first pixel and its channel 0 are at u_of(m); and of every image of the tile the sums
+  // over branches and pixels, at sums() + image * pieces * C. Both are asked when they are needed, as registers are few. The block's threads
+  // are to meet before what comes next uses the shared memory.
+  template <class UOf, class Sums> __device__ __forceinline__ void run(const UOf& u_of, const Sums& sums_at) const {
     constexpr int kDown = Tile::kDown, kAlong = Tile::kAlong, kJoined = Tile::kJoined, kOwn = Tile::kOwn;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int warp_row = warp / Tile::kWarpColumns, warp_column = warp % Tile::kWarpColumns, first_row = warp_row * Tile::kRows;
-    float* const by_row = reinterpret_cast<float*>(shared + layout.sums);
 
-    const int steps = here.count > 0 ? f.M * cut.chunks * 3 : 0;
-    if (steps > 0) fill(0);
+    int step = here.first_branch * cut.chunks * 3;
+    if (here.count > 0) fill(step);
     close_copies();
     fold_norms();
     int* const centers = reinterpret_cast<int*>(shared + Layout::kPixels);
@@ -378,8 +381,8 @@ template <class T, class Tile> struct Convolution {
     __syncthreads();
     const int a_half = (Tile::kSeveral ? warp_column * Tile::kColumns / 8 : 0) + lane / 16;
 
-    int step = 0;
-    for (int m = 0; m < f.M && steps > 0; ++m) {
+#pragma unroll 1
+    for (int m = here.first_branch; m < here.end_branch && here.count > 0; ++m) {
       float c[kDown][kAlong][4] = {};
       const int dilation = f.dilations[m];
       // Of the pixels whose rows of A this lane gives the addresses of: where they are in x, and the taps that are.
@@ -395,7 +398,7 @@ template <class T, class Tile> struct Convolution {
         if constexpr (Tile::kWide) copies_before_products();
         __syncthreads();
         // What is filled now was used in the last step.
-        if (step + 1 < steps) fill(step + 1);
+        if (step + 1 < here.end_branch * cut.chunks * 3) fill(step + 1);
         close_copies();
         const int tap_row = step % 3, wide = here.wide, x = x_stage(step), weights = weight_stage(step);
         const auto row_of_tap = [&](int i, int tap) {
@@ -410,7 +413,7 @@ template <class T, class Tile> struct Convolution {
 #pragma unroll
       for (int q = 0; q < kAlong / kJoined; ++q) {
         const int own_channel = warp_column * Tile::kColumns + q * 4 * kOwn + lane % 4 * kOwn;
-        finish_channels(c, q, m, own_channel, first_row, u + m * branch_step);
+        finish_channels(c, q, m, own_channel, first_row, u_of(m));
       }
       // What a lane has of an image's pixels, and then its warp.
       const int end_row = first_row + Tile::kRows < here.count ? first_row + Tile::kRows : here.count;
@@ -418,7 +421,7 @@ template <class T, class Tile> struct Convolution {
 #pragma unroll 1
       for (int image = here.image_of(first_row); here.first_of(image) < end_row; ++image) {
         const int low = here.first_of(image), high = here.end_of(image);
-        float* const to = by_row + (warp_row + image - here.first_image()) * Tile::kChannels + warp_column * Tile::kColumns;
+        float* const to = reinterpret_cast<float*>(shared + layout.sums) + (warp_row + image - here.first_image()) * Tile::kChannels + warp_column * Tile::kColumns;
 #pragma unroll
         for (int q = 0; q < kAlong / kJoined; ++q) {
           float total[kOwn] = {};
@@ -433,13 +436,15 @@ template <class T, class Tile> struct Convolution {
             }
           const float sum = scatter_sums(lane, total);
           float& all = to[q * 4 * kOwn + lane % 4 * kOwn + lane / (32 / kOwn)];
-          if (lane / 4 % (8 / kOwn) == 0) all = m == 0 ? sum : all + sum;
+          if (lane / 4 % (8 / kOwn) == 0) all = m == here.first_branch ? sum : all + sum;
         }
       }
     }
 
     // Rows of warps, one after the other, of which an image has neighbouring ones.
     __syncthreads();
+    const float* const by_row = reinterpret_cast<const float*>(shared + layout.sums);
+    float* const sums = sums_at();
     const int first_image = here.first_image(), images = here.last_image() - first_image + 1;
 #pragma unroll 1
     for (int i = threadIdx.x; i < images * Tile::kChannels; i += kThreads) {
@@ -448,7 +453,7 @@ template <class T, class Tile> struct Convolution {
       if (channel >= here.end_channel) continue;
       float total = 0;
       for (int row = low / Tile::kRows; row * Tile::kRows < high; ++row) total += by_row[(row + of) * Tile::kChannels + n];
-      sums[int64_t{image} * f.C + channel] = total;
+      sums[int64_t{image} * cut.pieces * f.C + channel] = total;
     }
   }
 

@@ -1,7 +1,7 @@
 // unit: the whole eval unit in one launch. x is read once and v written once; the activated branches u never reach device memory.
 //
 // The output is cut into tiles of pixels, of one image or of a few small ones. u lives in a ring of tiles that stays in the L2 cache. The
-// work is a list of items in a fixed order: step i of it has the convolutions of pixel tile i, one of each channel tile, and then the parts
+// work is a list of items in a fixed order: step i of it has the convolutions of pixel tile i, one or a few of each channel tile, and then the parts
 // of the selection of pixel tile i - lag. Blocks take the items one after the other by a counter. Whoever finishes the last convolution of
 // an image computes its attention. So
 //
@@ -30,7 +30,7 @@ struct Ring {
   // items.
   int slots, lag, part_pixels, parts;
   unsigned items;
-  // Of every slot: u, T (M, run, C). Of every image in a tile: sums over its pixels there, tile + image being the row. Of every image: the
+  // Of every slot: u, T (M, run, C). Of every image in a tile: sums over its pixels there, row (tile + image) * pieces + piece. Of every image: the
   // attention (M, C).
   void* u;
   float *sums, *a;
@@ -62,11 +62,11 @@ __device__ __forceinline__ void attend_to(const Ring& f, int image, float* s) {
   const Attend& attention = f.unit.attention;
   const int C = f.unit.C, D = static_cast<int>(attention.D), lane = threadIdx.x % kWarp, rows = f.unit.M * C;
   float* const hidden = s + C;
-  const int first = f.cut.first_tile(image), last = f.cut.last_tile(image);
+  const int first = (f.cut.first_tile(image) + image) * f.cut.pieces, end = (f.cut.last_tile(image) + image + 1) * f.cut.pieces;
   for (int c = threadIdx.x; c < C; c += kThreads) {
     float total = 0;
 #pragma unroll 8
-    for (int tile = first; tile <= last; ++tile) total += load_fresh(f.sums + int64_t{tile + image} * C + c);
+    for (int row = first; row < end; ++row) total += load_fresh(f.sums + int64_t{row} * C + c);
     s[c] = total / static_cast<float>(f.cut.area());
   }
   __syncthreads();
@@ -155,7 +155,7 @@ struct Item {
 
   // Steps 0 ... lag - 1 convolve, the next ones do both, the last `lag` select.
   __device__ __forceinline__ Item(const Ring& f, unsigned i) {
-    const unsigned convolutions = f.cut.channel_tiles(), parts = f.parts, lag = f.lag, tiles = f.cut.tiles;
+    const unsigned convolutions = f.cut.convolutions(), parts = f.parts, lag = f.lag, tiles = f.cut.tiles;
     unsigned step = i / convolutions, rest = i % convolutions;
     if (step >= lag) {
       i -= lag * convolutions;
@@ -212,14 +212,15 @@ template <class T, class Tile> __global__ __launch_bounds__(kThreads, 2) void _u
       if (threadIdx.x == 0) add_to_count(f.selected + taken->tile);
       continue;
     }
-    const int64_t branch = int64_t{f.cut.run} * f.unit.C;
     Convolution<T, Tile>(f.unit, f.cut, f.layout, shared)
-        .run(static_cast<T*>(f.u) + taken->tile % f.slots * f.unit.M * branch, branch, f.sums + int64_t{taken->tile} * f.unit.C);
+        .run(
+            [&](int m) { return static_cast<T*>(f.u) + (int64_t{taken->tile % f.slots} * f.unit.M + m) * f.cut.run * f.unit.C; },
+            [&] { return f.sums + (int64_t{taken->tile} * f.cut.pieces + where->first_branch % f.cut.pieces) * f.unit.C; });
     __syncthreads();
     const int first = where->first_image(), images = where->last_image() - first + 1;
     if (static_cast<int>(threadIdx.x) < images) {
       const int image = first + static_cast<int>(threadIdx.x);
-      const unsigned all = (f.cut.last_tile(image) - f.cut.first_tile(image) + 1) * f.cut.channel_tiles();
+      const unsigned all = (f.cut.last_tile(image) - f.cut.first_tile(image) + 1) * f.cut.convolutions();
       taken->complete[threadIdx.x] = add_to_count(f.convolved + image) + 1 == all;
     }
     __syncthreads();
@@ -300,6 +301,9 @@ template <class Tile> static void plan_tile(const Unit& f, int device, Plan& pla
   cut.outputs = f.C / cut.blocks;
   cut.block_tiles = static_cast<int>(quotient(cut.outputs, Tile::kChannels));
   cut.chunks = static_cast<int>(quotient(cut.inputs, Tile::kInputs));
+  // One branch alone is work enough where it has many inputs, and smaller items leave fewer blocks idle at the end. It does not depend on the
+  // device, as the order of the sums does on it.
+  cut.pieces = cut.chunks >= 4 ? f.M : 1;
   cut.parts = !f.split && cut.chunks == 1 ? 1 : f.M * cut.chunks;
   const int fewest = static_cast<int>(quotient(cut.columns, 256)), most = std::max(fewest, cut.columns / 16);
   plan.shared = kMostShared + 1;
@@ -318,7 +322,7 @@ template <class Tile> static void plan_tile(const Unit& f, int device, Plan& pla
 
   // How many tiles the last one of an image may lie behind one that it is in.
   const int64_t behind = cut.strips == 1 ? quotient(cut.area() + cut.run - 2, cut.run) : int64_t{cut.strips} * cut.strip_tiles - 1;
-  const int64_t wanted = quotient(plan.blocks, cut.channel_tiles()) + 1, tile = int64_t{f.M} * cut.run * f.C * 2;
+  const int64_t wanted = quotient(plan.blocks, cut.convolutions()) + 1, tile = int64_t{f.M} * cut.run * f.C * 2;
   // Half of the L2 cache: x, v and the weights go through it as well.
   const int64_t room = attribute_of_device(cudaDevAttrL2CacheSize, "unit", device) / 2 / tile;
   const int64_t slots = std::max(behind + 1, std::min(2 * wanted + behind, room));
@@ -346,7 +350,7 @@ struct Scratch {
   int64_t counts, sums, a, u;
   Scratch(const Unit& f, const Plan& plan)
       : counts(whole((1 + 2 * f.B + plan.cut.tiles) * sizeof(unsigned))),
-        sums(whole((plan.cut.tiles + f.B) * f.C * sizeof(float))),
+        sums(whole((plan.cut.tiles + f.B) * plan.cut.pieces * f.C * sizeof(float))),
         a(whole(f.B * f.M * f.C * sizeof(float))),
         u(whole(int64_t{plan.slots} * f.M * plan.cut.run * f.C * 2)) {}
   static int64_t whole(int64_t bytes) { return quotient(bytes, 16) * 16; }
@@ -355,7 +359,7 @@ struct Scratch {
 void unit(const Unit& f, const std::function<void*(int64_t)>& allocate, Queue queue) {
   const Plan plan = plan_of(f, queue.device);
   const Scratch sizes(f, plan);
-  const int64_t items = int64_t{plan.cut.tiles} * (plan.cut.channel_tiles() + plan.parts);
+  const int64_t items = int64_t{plan.cut.tiles} * (plan.cut.convolutions() + plan.parts);
   if (items >= int64_t{1} << 31) refuse(f, "too much for one launch");
   auto* const bytes = static_cast<unsigned char*>(allocate(sizes.counts + sizes.sums + sizes.a + sizes.u));
   auto* const counts = reinterpret_cast<unsigned*>(bytes);
