@@ -222,7 +222,8 @@ template <class T, class Tile> struct Convolution {
     constexpr int kSixteens = Tile::kWeightBytes / 16, kAtOnce = kThreads / kSixteens, kAll = 3 * Tile::kChannels;
     const int sixteen = threadIdx.x % kSixteens, in_block = chunk * Tile::kInputs + sixteen * 8;
     const T* const weights = static_cast<const T*>(f.weights[m]);
-#pragma unroll
+    // There are fewest registers to spare where there are several blocks.
+#pragma unroll(Tile::kSeveral ? 1 : 9)
     for (int i = 0; i < (kAll + kAtOnce - 1) / kAtOnce; ++i) {
       const int k = i * kAtOnce + threadIdx.x / kSixteens, n = k % Tile::kChannels, tap = row * 3 + k / Tile::kChannels;
       if (kAll % kAtOnce != 0 && k >= kAll) break;
@@ -421,7 +422,8 @@ template <class T, class Tile> struct Convolution {
 #pragma unroll 1
       for (int image = here.image_of(first_row); here.first_of(image) < end_row; ++image) {
         const int low = here.first_of(image), high = here.end_of(image);
-        float* const to = reinterpret_cast<float*>(shared + layout.sums) + (warp_row + image - here.first_image()) * Tile::kChannels + warp_column * Tile::kColumns;
+        float* const by_row = reinterpret_cast<float*>(shared + layout.sums);
+        float* const to = by_row + (warp_row + image - here.first_image()) * Tile::kChannels + warp_column * Tile::kColumns;
 #pragma unroll
         for (int q = 0; q < kAlong / kJoined; ++q) {
           float total[kOwn] = {};
