@@ -163,7 +163,10 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 def accesses(ptx: str) -> Counter:
     found = re.findall(r"\b(ld|st)\.global\S*?\.(?:v(\d)\.)?b(\d+)\b", ptx)
-    return Counter((kind, int(length or 1) * int(bits)) for kind, length, bits in found)
+    widths = Counter((kind, int(length or 1) * int(bits)) for kind, length, bits in found)
+    # Copies to shared memory say how many bytes they are of.
+    copies = re.findall(r"\bcp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", ptx)
+    return widths + Counter(("ld", 8 * int(size, 0)) for size in copies)
 
 
 def row(kernel: Compiled) -> str:
