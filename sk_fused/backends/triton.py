@@ -135,7 +135,7 @@ def _launcher(name: str) -> Callable:
 def _parts(ys: Sequence[Tensor], sums: int) -> int:
     from sk_fused.kernels.squeeze import pooled_parts
 
-    return pooled_parts(ys[0], sums)
+    return pooled_parts(ys, sums)
 
 
 # Operators, not torch.library.triton_op: to the compiler they are as opaque as the native ones, so there is one graph, and a call
