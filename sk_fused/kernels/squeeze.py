@@ -239,11 +239,11 @@ def _channel_block(y: Tensor, tensors: int, programs: int) -> dict[str, int]:
     """How channels_last memory is cut, for `programs` to each block of channels, each of which reads so many tensors: one branch, or a
     gradient and all branches.
 
-    While a tile is worked on, the next ones are on their way into shared memory: more bytes than registers would hold."""
+    While a tile is worked on, the next ones are on their way into shared memory: more bytes than registers would hold. A tile is one vector
+    of a thread: of several, the compiler may lay out the sums anew in every step."""
     vector = channel_vector(y, max(1, tensors - 1))
     lanes = channel_lanes(y, vector, programs)
-    unroll, stages = (4, 3) if tensors == 1 else (1, 4)
-    return {"VECTOR": vector, "CHANNELS": lanes * vector, "PIXELS": THREADS // lanes, "UNROLL": unroll, "STAGES": stages}
+    return {"VECTOR": vector, "CHANNELS": lanes * vector, "PIXELS": THREADS // lanes, "UNROLL": 1, "STAGES": 8 if tensors == 1 else 4}
 
 
 def _launch_sums(ys, g, norms, mean, r, scale, bias, outputs, eps: float, activation: str, negative_slope: float) -> None:
