@@ -29,10 +29,10 @@ if not torch.cuda.is_available():
 def backend(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     """Every backend but the reference, forced: where there is a GPU, they are there."""
     module = BACKENDS[request.param]
-    reason = module.why_not([torch.empty(1, 1, 1, 1, device="cuda")])
-    if reason:
-        pytest.fail(reason)
     with sk_fused.use_backend(request.param):
+        reason = module.why_not([torch.empty(1, 1, 1, 1, device="cuda")])
+        if reason:
+            pytest.fail(reason)
         yield module
 
 

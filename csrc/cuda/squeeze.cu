@@ -206,8 +206,8 @@ template <class T, int kWidth, int kSums, bool kWeighted> struct PooledSums {
   Constant<A, kWidth> mean, scale, bias;
   A sums[kSums][kWidth] = {};
 
-  // There are no registers for more with their weights.
-  static constexpr int kBatch = kWeighted ? 2 : 4;
+  // There are no registers for more with their weights, and with constants of every channel.
+  static constexpr int kBatch = !kWeighted ? 4 : kWidth == 1 ? 2 : 1;
   // Of a batch, until its branch comes.
   Packed<kVector<T>, T> weights[kBatch];
 
