@@ -240,10 +240,12 @@ def _channel_block(y: Tensor, tensors: int, programs: int) -> dict[str, int]:
     gradient and all branches.
 
     While a tile is worked on, the next ones are on their way into shared memory: more bytes than registers would hold. A tile is one vector
-    of a thread: of several, the compiler may lay out the sums anew in every step."""
+    of a thread: of several, the compiler may lay out the sums anew in every step. In float64 it is four all the same: the longer the chain
+    of sums, the larger its error."""
     vector = channel_vector(y, max(1, tensors - 1))
     lanes = channel_lanes(y, vector, programs)
-    return {"VECTOR": vector, "CHANNELS": lanes * vector, "PIXELS": THREADS // lanes, "UNROLL": 1, "STAGES": 8 if tensors == 1 else 4}
+    unroll, stages = (1, 4) if tensors > 1 else (4, 3) if y.dtype == torch.float64 else (1, 8)
+    return {"VECTOR": vector, "CHANNELS": lanes * vector, "PIXELS": THREADS // lanes, "UNROLL": unroll, "STAGES": stages}
 
 
 def _launch_sums(ys, g, norms, mean, r, scale, bias, outputs, eps: float, activation: str, negative_slope: float) -> None:
