@@ -244,6 +244,9 @@ def _channel_block(y: Tensor, tensors: int, programs: int) -> dict[str, int]:
     of sums, the larger its error."""
     vector = channel_vector(y, max(1, tensors - 1))
     lanes = channel_lanes(y, vector, programs)
+    if tensors == 1:
+        # Of a whole warp of them a register spills on sm_80.
+        lanes = min(lanes, 16)
     unroll, stages = (1, 4) if tensors > 1 else (4, 3) if y.dtype == torch.float64 else (1, 8)
     return {"VECTOR": vector, "CHANNELS": lanes * vector, "PIXELS": THREADS // lanes, "UNROLL": unroll, "STAGES": stages}
 
