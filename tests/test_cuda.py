@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -189,17 +190,20 @@ def test_why_not_on_cuda(monkeypatch: pytest.MonkeyPatch):
     native_on_cuda._why_not_device.cache_clear()
 
 
-def test_why_not_convolve_on_cuda(monkeypatch: pytest.MonkeyPatch):
+def test_why_not_convolve_on_cuda():
     def why_not(inputs: int, outputs: int, groups: int = 1, dtype: torch.dtype = torch.bfloat16, stride: int = 1) -> str | None:
         weights = [torch.Size((groups * outputs, inputs, 3, 3))] * 2
         return native.why_not_convolve(torch.Size((2, groups * inputs, 8, 8)), dtype, weights, stride, [1, 2], groups, torch.device("cuda", 0))
 
     assert "unless it is forced" in why_not(64, 64)
-    monkeypatch.setattr(backends, "_forced", "native")
+    with backends.use_backend("native"):
+        assert_taken_and_refused(why_not)
+
+
+def assert_taken_and_refused(why_not: Callable[..., str | None]) -> None:
     for taken in ((64, 64), (32, 40), (4, 4, 32), (8, 8, 3), (16, 16, 4, torch.float16, 2)):
         assert why_not(*taken) is None
     assert "float32" in why_not(64, 64, dtype=torch.float32)
     for inputs, outputs, groups in ((8, 16, 4), (4, 4, 5), (24, 24, 1), (16, 4, 2)):
         assert f"got {inputs} in, {outputs} out, {groups} groups" in why_not(inputs, outputs, groups)
     assert "stride 3" in why_not(16, 16, stride=3)
-    monkeypatch.undo()
