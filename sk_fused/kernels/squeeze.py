@@ -374,19 +374,19 @@ def _statistics_channels_last_kernel(
     # The pixels of all images may need 64 bits; those of a part do not.
     start = part.to(tl.int64) * part_pixels
     count = tl.minimum(pixels - start, part_pixels).to(tl.int32)
-    y = _branch_of(ys, m) + start * vectors * VECTOR
-    values = tl.load(y + offsets, read & (tile < count), 0.0).to(A)
+    y = _branch_of(ys, m)
+    values = tl.load(y + start * vectors * VECTOR + offsets, read & (tile < count), 0.0).to(A)
     shift = tl.sum(tl.sum(values, 0), 0) / tl.minimum(count, STEP).to(A)
     total, squares = tl.zeros((PIXELS, CHANNELS), A), tl.zeros((PIXELS, CHANNELS), A)
     total, squares = _add_deviations(total, squares, values, shift[None, None, :], tile < count, 0)
     whole = count - count % STEP
     for pixel in tl.range(STEP, whole, STEP, num_stages=STAGES):
-        values = tl.load(y + pixel.to(tl.int64) * vectors * VECTOR + offsets, read, 0.0).to(A)
+        values = tl.load(y + (start + pixel) * vectors * VECTOR + offsets, read, 0.0).to(A)
         total, squares = _add_deviations(total, squares, values, shift[None, None, :], None, 0)
     # What is left, if any: only it needs a mask.
     for pixel in range(tl.maximum(whole, STEP), count, STEP):
         inside = tile < count - pixel
-        values = tl.load(y + pixel.to(tl.int64) * vectors * VECTOR + offsets, read & inside, 0.0).to(A)
+        values = tl.load(y + (start + pixel) * vectors * VECTOR + offsets, read & inside, 0.0).to(A)
         total, squares = _add_deviations(total, squares, values, shift[None, None, :], inside, 0)
     _store_part(parts, part, m * C + c, exists, M * C, shift, tl.sum(total, 0), tl.sum(squares, 0), count.to(A))
 
