@@ -163,7 +163,10 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 def accesses(ptx: str) -> Counter:
     found = re.findall(r"\b(ld|st)\.global\S*?\.(?:v(\d)\.)?b(\d+)\b", ptx)
-    return Counter((kind, int(length or 1) * int(bits)) for kind, length, bits in found)
+    widths = Counter((kind, int(length or 1) * int(bits)) for kind, length, bits in found)
+    # Copies to shared memory say how many bytes they are of.
+    copies = re.findall(r"\bcp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", ptx)
+    return widths + Counter(("ld", 8 * int(size, 0)) for size in copies)
 
 
 def row(kernel: Compiled) -> str:
@@ -189,7 +192,7 @@ def test_kernels_compile_without_spills(capability: int, tmp_path, monkeypatch: 
 
 
 def spills(kernel: Compiled) -> bool:
-    return kernel.stack > (0 if kernel.name.startswith(STREAMING) else 16)
+    return kernel.stack > (0 if kernel.name.startswith(STREAMING) else 32)
 
 
 KERNELS = [

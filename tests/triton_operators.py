@@ -203,8 +203,7 @@ def test_offsets_beyond_32_bits(name: str, layout: str, monkeypatch: pytest.Monk
     y = arguments[0] if name.startswith("select_backward") else arguments[0][0]
     sums = name in ("squeeze", "select_backward_sums")
     if layout == "channels_last":
-        sizes = {"B": IMAGES} if sums else {}
-        last = Addresses(monkeypatch, sizes, lambda a: IMAGES * -(-CHANNELS // a["CHANNELS"]) - 1)
+        last = Addresses(monkeypatch, {}, lambda a: IMAGES * -(-CHANNELS // a["CHANNELS"]) - 1)
     elif sums:
         last = Addresses(monkeypatch, {"B": IMAGES}, lambda a: -(-IMAGES * CHANNELS // a["ROWS"]) - 1)
     else:
@@ -218,6 +217,15 @@ def test_offsets_beyond_32_bits(name: str, layout: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_statistics_of_parts_of_many_tiles(dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch):
+    """Those of small tensors are of one otherwise."""
+    monkeypatch.setattr(squeeze, "_MOST_PARTS", 16)
+    for shape in ((2, 3, 16, 16, 32), (2, 5, 40, 31, 29)):
+        assert_matches_reference("branch_statistics", operands(shape, dtype, layout)["branch_statistics"], dtype, backend)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_offsets_of_statistics_beyond_32_bits(layout: str, monkeypatch: pytest.MonkeyPatch):
     (ys,) = operands((1, 2, CHANNELS, 7, 7), torch.bfloat16, layout)["branch_statistics"]
     if layout == "channels_last":
@@ -226,6 +234,6 @@ def test_offsets_of_statistics_beyond_32_bits(layout: str, monkeypatch: pytest.M
     else:
         last = Addresses(monkeypatch, {"B": IMAGES, "part_images": 2}, lambda a: IMAGES // 2 * -(-CHANNELS // a["ROWS"]) - 1)
     # The second stage is not of interest.
-    monkeypatch.setattr(squeeze, "_statistics_kernel", {(1,): lambda *_, **__: None})
+    monkeypatch.setattr(squeeze, "_statistics_kernel", {(4,): lambda *_, **__: None})
     squeeze.branch_statistics(ys)
     last.assert_end(last.loads, ys[0], VALUES)

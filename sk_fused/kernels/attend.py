@@ -17,6 +17,9 @@ from .common import ENOUGH_PROGRAMS, WARPS, activate, ceil_div, dense, gate, pow
 # Of a tile: images, reduced channels, and what is summed over at a time.
 IMAGES, REDUCED, DEPTH = 16, 32, 32
 
+# Of a long sum, taken at once, one by each warp.
+SLICES = 8
+
 # Logits of an image in a tile.
 LOGITS = 64
 
@@ -34,27 +37,35 @@ def _batch_norm(weight, bias, d, exists, A: tl.constexpr):
 
 @triton.jit
 def _reduced_tile(
-    pooled, s, fc_reduce, b, d, B, P, C, D, pixels, writes, IMAGES: tl.constexpr, REDUCED: tl.constexpr, DEPTH: tl.constexpr
+    pooled, s, fc_reduce, b, d, B, P, C, D, pixels, writes, SLICES: tl.constexpr, DEPTH: tl.constexpr
 ):  # fmt: skip
-    """fc_reduce · s of the images b and reduced channels d, (IMAGES, REDUCED); s is written if `writes`."""
+    """fc_reduce · s of the images b and reduced channels d, (images, reduced channels); s is written if `writes`.
+
+    Every step is of SLICES products, one for each warp: as many channels are on their way at once, and steps, each of which
+    waits for memory, are few."""
     A: tl.constexpr = s.dtype.element_ty
-    reduced = tl.zeros((IMAGES, REDUCED), A)
-    for start in range(0, C, DEPTH):
-        c = start + tl.arange(0, DEPTH)
-        exists = (b < B)[:, None] & (c < C)[None, :]
-        total = tl.zeros((IMAGES, DEPTH), A)
-        for part in range(P):
-            total += tl.load(pooled + (b * P + part)[:, None] * C + c[None, :], exists, 0.0)
+    reduced = tl.zeros((SLICES, b.shape[0], d.shape[0]), A)
+    for start in range(0, C, SLICES * DEPTH):
+        c = start + tl.arange(0, SLICES)[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :]
+        exists = (b < B)[None, :, None] & (c < C)[:, None, :]
+        is_weight = (d < D)[None, None, :] & (c < C)[:, :, None]
+        matrix = tl.load(fc_reduce + d[None, None, :] * C + c[:, :, None], is_weight, 0.0).to(A)
+        total = tl.zeros(exists.shape, A)
+        # Two at once: there are mostly as many.
+        for part in range(0, P, 2):
+            at = pooled + (b * P + part)[None, :, None] * C + c[:, None, :]
+            first, second = tl.load(at, exists, 0.0), tl.load(at + C, exists & (part + 1 < P), 0.0)
+            total += first + second
         total = total / pixels.to(A)
-        tl.store(s + b[:, None] * C + c[None, :], total, exists & writes)
-        matrix = tl.load(fc_reduce + d[None, :] * C + c[:, None], (d < D)[None, :] & (c < C)[:, None], 0.0).to(A)
+        tl.store(s + b[None, :, None] * C + c[:, None, :], total, exists & writes)
         reduced = tl.dot(total, matrix, reduced, input_precision="ieee", out_dtype=A)
-    return reduced
+    return tl.sum(reduced, 0)
 
 
 @triton.jit(do_not_specialize=["B", "P", "C", "D", "pixels"])
 def _attend_reduce_kernel(
-    pooled, s, reduced, parts, fc_reduce, B, P, C, D, pixels, IMAGES: tl.constexpr, REDUCED: tl.constexpr, DEPTH: tl.constexpr
+    pooled, s, reduced, parts, fc_reduce, B, P, C, D, pixels, IMAGES: tl.constexpr, REDUCED: tl.constexpr, SLICES: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):  # fmt: skip
     """A program: IMAGES images, REDUCED reduced channels, and of these their mean and squared distances from it."""
     A: tl.constexpr = s.dtype.element_ty
@@ -62,7 +73,7 @@ def _attend_reduce_kernel(
     part = tl.program_id(0) // blocks
     b = (part * IMAGES + tl.arange(0, IMAGES)).to(tl.int64)
     d = tl.program_id(0) % blocks * REDUCED + tl.arange(0, REDUCED)
-    tile = _reduced_tile(pooled, s, fc_reduce, b, d, B, P, C, D, pixels, tl.program_id(0) % blocks == 0, IMAGES, REDUCED, DEPTH)
+    tile = _reduced_tile(pooled, s, fc_reduce, b, d, B, P, C, D, pixels, tl.program_id(0) % blocks == 0, SLICES, DEPTH)
     tl.store(reduced + b[:, None] * D + d[None, :], tile, (b < B)[:, None] & (d < D)[None, :])
     count = tl.minimum(IMAGES, B - part * IMAGES).to(A)
     mean = tl.sum(tile, 0) / count
@@ -94,8 +105,8 @@ def _joined(parts, d, B, D, IMAGES: tl.constexpr, PARTS: tl.constexpr, A: tl.con
 @triton.jit(do_not_specialize=["B", "P", "C", "D", "M", "pixels"])
 def _attend_kernel(
     pooled, s, reduced, parts, fc_reduce, weight, bias, given_mean, given_var, mean, var, fc_select, select_bias, a, B, P, C, D, M, pixels,
-    eps: tl.constexpr, negative_slope: tl.constexpr, ACTIVATION: tl.constexpr, IMAGES: tl.constexpr, REDUCED: tl.constexpr, DEPTH: tl.constexpr,
-    BRANCHES: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
+    eps: tl.constexpr, negative_slope: tl.constexpr, ACTIVATION: tl.constexpr, IMAGES: tl.constexpr, REDUCED: tl.constexpr, SLICES: tl.constexpr,
+    DEPTH: tl.constexpr, BRANCHES: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """A program: IMAGES images, CHANNELS channels of all branches. With given statistics it makes the reduced descriptor of its
     images itself; else it reads it, and joins the parts of the batch's statistics."""
@@ -113,7 +124,7 @@ def _attend_kernel(
         d = start + tl.arange(0, REDUCED)
         exists = (b < B)[:, None] & (d < D)[None, :]
         if given_mean is not None:
-            tile = _reduced_tile(pooled, s, fc_reduce, b, d, B, P, C, D, pixels, (block == 0) & (start == 0), IMAGES, REDUCED, DEPTH)
+            tile = _reduced_tile(pooled, s, fc_reduce, b, d, B, P, C, D, pixels, (block == 0) & (start == 0), SLICES, DEPTH)
             tl.store(reduced + b[:, None] * D + d[None, :], tile, exists & (block == 0))
             d_mean, d_var = tl.load(given_mean + d, d < D, 0.0).to(A), tl.load(given_var + d, d < D, 1.0).to(A)
         else:
@@ -155,33 +166,44 @@ def attend(
         parts = pooled.new_empty((blocks, 2, D))
         grid = (blocks * ceil_div(D, REDUCED),)
         _attend_reduce_kernel[grid](
-            pooled, s, reduced, parts, fc_reduce, B, P, C, D, pixels, IMAGES=IMAGES, REDUCED=REDUCED, DEPTH=DEPTH, num_warps=WARPS
-        )
+            pooled, s, reduced, parts, fc_reduce, B, P, C, D, pixels, IMAGES=IMAGES, REDUCED=REDUCED, SLICES=SLICES, DEPTH=DEPTH,
+            num_warps=SLICES,
+        )  # fmt: skip
     branches = power_of_two(M)
-    channels, warps = ceil_div(LOGITS, branches), WARPS
-    # With given statistics every program makes the whole reduced descriptor of its images: half as many, if they still busy the GPU.
-    if mean is not None and blocks * ceil_div(C, 2 * channels) >= ENOUGH_PROGRAMS // 4:
-        channels, warps = 2 * channels, 2 * warps
+    channels, images, depth, warps = ceil_div(LOGITS, branches), IMAGES, DEPTH, WARPS
+    if mean is not None:
+        # Every program makes the whole reduced descriptor of its images: as few of them as still busy the GPU.
+        images, depth, warps = IMAGES // 2, DEPTH // 2, SLICES
+        blocks = ceil_div(B, images)
+        while channels < 4 * ceil_div(LOGITS, branches) and blocks * ceil_div(C, 2 * channels) >= ENOUGH_PROGRAMS // 4:
+            channels *= 2
     _attend_kernel[(blocks * ceil_div(C, channels),)](
         pooled, s, reduced, parts, fc_reduce, weight, bias, mean, var, used_mean, used_var, fc_select, select_bias, a, B, P, C, D, M, pixels,
-        eps, negative_slope, ACTIVATION=activation, IMAGES=IMAGES, REDUCED=REDUCED, DEPTH=DEPTH, BRANCHES=branches, CHANNELS=channels,
-        PARTS=_PARTS, num_warps=warps,
+        eps, negative_slope, ACTIVATION=activation, IMAGES=images, REDUCED=REDUCED, SLICES=SLICES, DEPTH=depth, BRANCHES=branches,
+        CHANNELS=channels, PARTS=_PARTS, num_warps=warps,
     )  # fmt: skip
     return a, s, reduced, used_mean, used_var
 
 
 @triton.jit
-def _dlogits_tile(da, a, b, block, B, C, M, BRANCHES: tl.constexpr, CHANNELS: tl.constexpr):
-    """a·(da − Σ_m a·da) of the images b and a block of channels, (images, BRANCHES·CHANNELS)."""
-    logit = tl.arange(0, BRANCHES * CHANNELS)
-    m, c = logit // CHANNELS, block * CHANNELS + logit % CHANNELS
-    at = (b * M)[:, None] * C + (m * C + c)[None, :]
-    exists = (b < B)[:, None] & ((m < M) & (c < C))[None, :]
-    shape: tl.constexpr = (b.shape[0], BRANCHES, CHANNELS)
+def _rows_of(first, C, M, BLOCKS: tl.constexpr, BRANCHES: tl.constexpr, CHANNELS: tl.constexpr):
+    """Of blocks of channels, from the one numbered `first` on: the rows of fc_select, all branches of a block beside each other, and
+    which there are."""
+    logit = tl.arange(0, BLOCKS * BRANCHES * CHANNELS)
+    m, c = logit // CHANNELS % BRANCHES, (first + logit // (BRANCHES * CHANNELS)) * CHANNELS + logit % CHANNELS
+    return m * C + c, (m < M) & (c < C)
+
+
+@triton.jit
+def _dlogits_tile(da, a, b, row, is_logit, B, C, M, BRANCHES: tl.constexpr, CHANNELS: tl.constexpr):
+    """a·(da − Σ_m a·da) of the images b and rows of `_rows_of`, (images, rows)."""
+    at = (b * M)[:, None] * C + row[None, :]
+    exists = (b < B)[:, None] & is_logit[None, :]
+    shape: tl.constexpr = (b.shape[0], row.shape[0] // (BRANCHES * CHANNELS), BRANCHES, CHANNELS)
     weights = tl.load(a + at, exists, 0.0).reshape(shape)
     gradient = tl.load(da + at, exists, 0.0).reshape(shape)
-    dlogits = weights * (gradient - tl.sum(weights * gradient, 1)[:, None, :])
-    return dlogits.reshape((b.shape[0], BRANCHES * CHANNELS))
+    dlogits = weights * (gradient - tl.sum(weights * gradient, 2)[:, :, None, :])
+    return dlogits.reshape((b.shape[0], row.shape[0]))
 
 
 @triton.jit
@@ -199,7 +221,8 @@ def _normalized(reduced, mean, var, weight, bias, b, d, B, D, eps: tl.constexpr,
 @triton.jit(do_not_specialize=["B", "C", "D", "M"])
 def _attend_backward_reduce_kernel(
     da, a, reduced, weight, bias, mean, var, fc_select, dn, parts, B, C, D, M, eps: tl.constexpr, negative_slope: tl.constexpr,
-    ACTIVATION: tl.constexpr, IMAGES: tl.constexpr, REDUCED: tl.constexpr, BRANCHES: tl.constexpr, CHANNELS: tl.constexpr,
+    ACTIVATION: tl.constexpr, IMAGES: tl.constexpr, REDUCED: tl.constexpr, SLICES: tl.constexpr, BRANCHES: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """A program: the gradient of IMAGES images and REDUCED channels after their batch-norm, and its part of the batch's two sums."""
     A: tl.constexpr = dn.dtype.element_ty
@@ -207,14 +230,14 @@ def _attend_backward_reduce_kernel(
     part = tl.program_id(0) // blocks
     b = (part * IMAGES + tl.arange(0, IMAGES)).to(tl.int64)
     d = tl.program_id(0) % blocks * REDUCED + tl.arange(0, REDUCED)
-    logit = tl.arange(0, BRANCHES * CHANNELS)
-    gradient = tl.zeros((IMAGES, REDUCED), A)
-    for block in range(tl.cdiv(C, CHANNELS)):
-        m, c = logit // CHANNELS, block * CHANNELS + logit % CHANNELS
-        exists = ((m < M) & (c < C))[:, None] & (d < D)[None, :]
-        matrix = tl.load(fc_select + (m * C + c)[:, None].to(tl.int64) * D + d[None, :], exists, 0.0).to(A)
-        dlogits = _dlogits_tile(da, a, b, block, B, C, M, BRANCHES, CHANNELS)
-        gradient = tl.dot(dlogits, matrix, gradient, input_precision="ieee", out_dtype=A)
+    ROWS: tl.constexpr = BRANCHES * CHANNELS
+    total = tl.zeros((SLICES, IMAGES, REDUCED), A)
+    for block in range(0, tl.cdiv(C, CHANNELS), SLICES):
+        row, is_logit = _rows_of(block, C, M, SLICES, BRANCHES, CHANNELS)
+        matrix = tl.load(fc_select + row[:, None].to(tl.int64) * D + d[None, :], is_logit[:, None] & (d < D)[None, :], 0.0).to(A)
+        dlogits = _dlogits_tile(da, a, b, row, is_logit, B, C, M, BRANCHES, CHANNELS).reshape((IMAGES, SLICES, ROWS)).permute((1, 0, 2))
+        total = tl.dot(dlogits, matrix.reshape((SLICES, ROWS, REDUCED)), total, input_precision="ieee", out_dtype=A)
+    gradient = tl.sum(total, 0)
     x, n, factor = _normalized(reduced, mean, var, weight, bias, b, d, B, D, eps, A)
     gradient = gate(n, gradient, negative_slope, ACTIVATION)
     exists = (b < B)[:, None] & (d < D)[None, :]
@@ -273,7 +296,7 @@ def _ds_block(
 @triton.jit
 def _dreduce_block(
     program, norm, s, dfc_reduce, dweight, dbias, B, C, D, eps: tl.constexpr, TRAINING: tl.constexpr, IMAGES: tl.constexpr,
-    REDUCED: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    REDUCED: tl.constexpr, COLUMNS: tl.constexpr, SLICES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """dfc_reduce of REDUCED rows and COLUMNS channels; the first of a row's blocks writes the gradients of its batch-norm."""
     dn, parts, reduced, mean, var, weight, bias = norm
@@ -282,13 +305,14 @@ def _dreduce_block(
     d = program // blocks * REDUCED + tl.arange(0, REDUCED)
     c = program % blocks * COLUMNS + tl.arange(0, COLUMNS)
     first, second = _total(parts, d, tl.cdiv(B, IMAGES), D, PARTS, A)
-    total = tl.zeros((REDUCED, COLUMNS), A)
-    for start in range(0, B, IMAGES):
-        b = (start + tl.arange(0, IMAGES)).to(tl.int64)
+    total = tl.zeros((SLICES, REDUCED, COLUMNS), A)
+    for start in range(0, B, SLICES * IMAGES):
+        b = (start + tl.arange(0, SLICES * IMAGES)).to(tl.int64)
         tile = _dreduced_tile(dn, reduced, mean, var, weight, bias, b, d, B, D, first, second, eps, TRAINING, A)
         descriptor = tl.load(s + b[:, None] * C + c[None, :], (b < B)[:, None] & (c < C)[None, :], 0.0)
-        total = tl.dot(tl.trans(tile), descriptor, total, input_precision="ieee", out_dtype=A)
-    tl.store(dfc_reduce + d[:, None] * C + c[None, :], total, (d < D)[:, None] & (c < C)[None, :])
+        tile, descriptor = tile.reshape((SLICES, IMAGES, REDUCED)), descriptor.reshape((SLICES, IMAGES, COLUMNS))
+        total = tl.dot(tile.permute((0, 2, 1)), descriptor, total, input_precision="ieee", out_dtype=A)
+    tl.store(dfc_reduce + d[:, None] * C + c[None, :], tl.sum(total, 0), (d < D)[:, None] & (c < C)[None, :])
     writes = (d < D) & (program % blocks == 0)
     tl.store(dbias + d, first, writes)
     tl.store(dweight + d, second, writes)
@@ -297,7 +321,7 @@ def _dreduce_block(
 @triton.jit
 def _dselect_block(
     program, norm, da, a, dfc_select, dselect_bias, B, C, D, M, eps: tl.constexpr, negative_slope: tl.constexpr, ACTIVATION: tl.constexpr,
-    IMAGES: tl.constexpr, REDUCED: tl.constexpr, BRANCHES: tl.constexpr, CHANNELS: tl.constexpr,
+    IMAGES: tl.constexpr, REDUCED: tl.constexpr, SLICES: tl.constexpr, BRANCHES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """dfc_select of CHANNELS channels of all branches and REDUCED columns; the first of a row's blocks writes the bias's gradient."""
     dn, parts, reduced, mean, var, weight, bias = norm
@@ -305,17 +329,17 @@ def _dselect_block(
     blocks = tl.cdiv(D, REDUCED)
     block = program // blocks
     d = program % blocks * REDUCED + tl.arange(0, REDUCED)
-    logit = tl.arange(0, BRANCHES * CHANNELS)
-    m, c = logit // CHANNELS, block * CHANNELS + logit % CHANNELS
-    row, exists = m * C + c, (m < M) & (c < C)
-    total, bias_total = tl.zeros((BRANCHES * CHANNELS, REDUCED), A), tl.zeros((BRANCHES * CHANNELS,), A)
-    for start in range(0, B, IMAGES):
-        b = (start + tl.arange(0, IMAGES)).to(tl.int64)
-        dlogits = _dlogits_tile(da, a, b, block, B, C, M, BRANCHES, CHANNELS)
+    ROWS: tl.constexpr = BRANCHES * CHANNELS
+    row, exists = _rows_of(block, C, M, 1, BRANCHES, CHANNELS)
+    total, bias_total = tl.zeros((SLICES, ROWS, REDUCED), A), tl.zeros((ROWS,), A)
+    for start in range(0, B, SLICES * IMAGES):
+        b = (start + tl.arange(0, SLICES * IMAGES)).to(tl.int64)
+        dlogits = _dlogits_tile(da, a, b, row, exists, B, C, M, BRANCHES, CHANNELS)
         x, n, factor = _normalized(reduced, mean, var, weight, bias, b, d, B, D, eps, A)
-        total = tl.dot(tl.trans(dlogits), activate(n, negative_slope, ACTIVATION), total, input_precision="ieee", out_dtype=A)
+        hidden = activate(n, negative_slope, ACTIVATION).reshape((SLICES, IMAGES, REDUCED))
         bias_total += tl.sum(dlogits, 0)
-    tl.store(dfc_select + row[:, None].to(tl.int64) * D + d[None, :], total, exists[:, None] & (d < D)[None, :])
+        total = tl.dot(dlogits.reshape((SLICES, IMAGES, ROWS)).permute((0, 2, 1)), hidden, total, input_precision="ieee", out_dtype=A)
+    tl.store(dfc_select + row[:, None].to(tl.int64) * D + d[None, :], tl.sum(total, 0), exists[:, None] & (d < D)[None, :])
     tl.store(dselect_bias + row, bias_total, exists & (program % blocks == 0))
 
 
@@ -323,22 +347,23 @@ def _dselect_block(
 def _attend_backward_kernel(
     da, a, s, norm, fc_reduce, ds, dfc_reduce, dweight, dbias, dfc_select, dselect_bias, B, C, D, M, eps: tl.constexpr,
     negative_slope: tl.constexpr, ACTIVATION: tl.constexpr, TRAINING: tl.constexpr, IMAGES: tl.constexpr, REDUCED: tl.constexpr,
-    COLUMNS: tl.constexpr, BRANCHES: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr, SLICES: tl.constexpr, BRANCHES: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """A program: one block of ds, of dfc_reduce or of dfc_select, none of which needs another."""
+    """A program: one block of ds, which is wider, of dfc_reduce or of dfc_select, none of which needs another."""
     program = tl.program_id(0)
-    of_ds = tl.cdiv(B, IMAGES) * tl.cdiv(C, COLUMNS)
+    of_ds = tl.cdiv(B, IMAGES) * tl.cdiv(C, 4 * COLUMNS)
     of_reduce = tl.cdiv(D, REDUCED) * tl.cdiv(C, COLUMNS)
     if program < of_ds:
-        _ds_block(program, norm, fc_reduce, ds, B, C, D, eps, TRAINING, IMAGES, REDUCED, COLUMNS, PARTS)
+        _ds_block(program, norm, fc_reduce, ds, B, C, D, eps, TRAINING, IMAGES, REDUCED, 4 * COLUMNS, PARTS)
     elif program < of_ds + of_reduce:
         program -= of_ds
-        _dreduce_block(program, norm, s, dfc_reduce, dweight, dbias, B, C, D, eps, TRAINING, IMAGES, REDUCED, COLUMNS, PARTS)
+        _dreduce_block(program, norm, s, dfc_reduce, dweight, dbias, B, C, D, eps, TRAINING, IMAGES, REDUCED, COLUMNS, SLICES, PARTS)
     else:
         program -= of_ds + of_reduce
         _dselect_block(
-            program, norm, da, a, dfc_select, dselect_bias, B, C, D, M, eps, negative_slope, ACTIVATION, IMAGES, REDUCED, BRANCHES, CHANNELS
-        )
+            program, norm, da, a, dfc_select, dselect_bias, B, C, D, M, eps, negative_slope, ACTIVATION,
+            IMAGES, REDUCED, SLICES, BRANCHES, CHANNELS,
+        )  # fmt: skip
 
 
 def attend_backward(
@@ -355,14 +380,16 @@ def attend_backward(
     blocks = ceil_div(B, IMAGES)
     parts = s.new_empty((blocks, 2, D))
     branches = power_of_two(M)
-    channels = ceil_div(LOGITS, branches)
-    tile = {"IMAGES": IMAGES, "REDUCED": REDUCED, "BRANCHES": branches, "CHANNELS": channels, "num_warps": WARPS}
+    channels = ceil_div(LOGITS // 2, branches)
+    tile = {"IMAGES": IMAGES, "REDUCED": REDUCED, "SLICES": SLICES, "BRANCHES": branches, "CHANNELS": channels, "num_warps": SLICES}
+    # Steps are few, and what is on its way is much already.
+    tile |= {"num_stages": 1}
     act = {"negative_slope": negative_slope, "ACTIVATION": activation}
     _attend_backward_reduce_kernel[(blocks * ceil_div(D, REDUCED),)](
         da, a, reduced, weight, bias, mean, var, fc_select, dn, parts, B, C, D, M, eps, **act, **tile
     )
-    columns = LOGITS
-    of_ds, of_reduce = blocks * ceil_div(C, columns), ceil_div(D, REDUCED) * ceil_div(C, columns)
+    columns = LOGITS // 2
+    of_ds, of_reduce = blocks * ceil_div(C, 4 * columns), ceil_div(D, REDUCED) * ceil_div(C, columns)
     grid = (of_ds + of_reduce + ceil_div(C, channels) * ceil_div(D, REDUCED),)
     norm = dn, parts, reduced, mean, var, weight, bias
     _attend_backward_kernel[grid](

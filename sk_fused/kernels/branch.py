@@ -477,28 +477,26 @@ def unit(
     v = empty_branch(x, weights, stride)
     # The branches of a round have half of the L2; x and v pass through the other half.
     images = max(1, _device(x.device).l2_bytes // 2 // (len(weights) * v[0].nbytes))
-    roads = {"library": lambda: _by_rounds(_library_round, x.shape[0], x, v, weights, *rest)}
-    if images < x.shape[0]:
-        roads["library by rounds"] = lambda: _by_rounds(_library_round, images, x, v, weights, *rest)
+    roads = {"library": lambda: _unit_library(x, v, weights, *rest)}
     if is_channels_last(x):
-        roads["own by rounds"] = lambda: _by_rounds(_own_round, images, x, v, _by_taps(weights), *rest)
+        roads["own by rounds"] = lambda: _own_by_rounds(images, x, v, _by_taps(weights), *rest)
         roads["own twice"] = lambda: _own_twice(x, v, _by_taps(weights), *rest)
     own = "own twice" if _twice_is_less(x.dtype, weights, groups) else "own by rounds"
     return _take("unit", convolution, roads, own if groups > 1 and own in roads else "library")
 
 
-def _by_rounds(one_round: Callable, images: int, x: Tensor, v: Tensor, *rest) -> Tensor:
-    """v, so many images at once. What a round gives back to the allocator the next one gets: the same memory, which is in the L2."""
-    for x_part, v_part in zip(x.split(images), v.split(images)):
-        one_round(x_part, v_part, *rest)
-    return v
-
-
-def _library_round(x, v, weights, stride: int, dilations, groups: int, norms, attention, activation: str, negative_slope: float) -> None:
+def _unit_library(x, v, weights, stride: int, dilations, groups: int, norms, attention, activation: str, negative_slope: float) -> Tensor:
     ys = _library(x, weights, stride, dilations, groups)
     mean, _, scale, bias, pooled, _ = squeeze(ys, *norms, activation, negative_slope, 1)
     a = attend(pooled, v.shape[2] * v.shape[3], *attention)[0]
-    select(ys, mean, scale, bias, a, activation, negative_slope, v)
+    return select(ys, mean, scale, bias, a, activation, negative_slope, v)
+
+
+def _own_by_rounds(images: int, x: Tensor, v: Tensor, *rest) -> Tensor:
+    """v, so many images at once. What a round gives back to the allocator the next one gets: the same memory, which is in the L2."""
+    for x_part, v_part in zip(x.split(images), v.split(images)):
+        _own_round(x_part, v_part, *rest)
+    return v
 
 
 def _own_round(x, v, weights, stride: int, dilations, groups: int, norms, attention, activation: str, negative_slope: float) -> None:

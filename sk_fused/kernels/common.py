@@ -53,6 +53,26 @@ def gate(z, value, negative_slope: tl.constexpr, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def fold(norms, eps, m, c, exists, A: tl.constexpr):
+    """mean, r = 1/√(var + eps), scale = weight·r and bias of the channels c of branch m, which the compiler need not know, of the
+    batch-norms `norms`: weights, biases, means and variances of every branch."""
+    weights, biases, means, variances = norms
+    mean, bias = tl.zeros(c.shape, A), tl.zeros(c.shape, A)
+    var, weight = tl.full(c.shape, 1.0, A), tl.full(c.shape, 1.0, A)
+    # The vectors of the branches may differ in dtype.
+    for i in tl.static_range(len(means)):
+        ours = exists & (m == i)
+        mean += tl.load(means[i] + c, ours, 0.0).to(A)
+        var = tl.where(ours, tl.load(variances[i] + c, ours, 1.0).to(A), var)
+        if weights[i] is not None:
+            weight = tl.where(ours, tl.load(weights[i] + c, ours, 1.0).to(A), weight)
+        if biases[i] is not None:
+            bias += tl.load(biases[i] + c, ours, 0.0).to(A)
+    r = tl.rsqrt(var + eps)
+    return mean, r, weight * r, bias
+
+
+@triton.jit
 def zeros(shape: tl.constexpr, dtype: tl.constexpr, COUNT: tl.constexpr):
     """A tuple of COUNT accumulators."""
     accumulators = ()
@@ -82,9 +102,15 @@ def channel_vector(y: Tensor, M: int) -> int:
     return min(vector, max(1, 16 // power_of_two(M) * 4 // accumulate_dtype(y.dtype).itemsize))
 
 
-def channel_lanes(y: Tensor, vector: int) -> int:
-    """Neighbouring threads that take neighbouring vectors of a pixel: up to 128 bytes, not below the 32 that memory gives at least."""
-    return max(2, min(8, power_of_two(ceil_div(y.shape[1], vector))))
+def channel_lanes(y: Tensor, vector: int, programs: int) -> int:
+    """Neighbouring threads that take neighbouring vectors of a pixel, a warp of them at most: the more, the fewer threads have the
+    same channels, with their numbers and sums. As many as leave programs enough, of which every block of channels has so many; not
+    below the 32 bytes that memory gives at least."""
+    C = y.shape[1]
+    lanes = max(2, min(32, power_of_two(ceil_div(C, vector))))
+    while lanes > 2 and programs * ceil_div(C, lanes * vector) < ENOUGH_PROGRAMS:
+        lanes //= 2
+    return lanes
 
 
 def power_of_two(n: int) -> int:

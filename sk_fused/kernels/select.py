@@ -72,46 +72,47 @@ def _select_contiguous_kernel(
 
 
 @triton.jit
-def _block_of(pixels, vectors, VECTOR: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, TILES: tl.constexpr):
+def _block_of(pixels, vectors, part_pixels, VECTOR: tl.constexpr, CHANNELS: tl.constexpr):
     """Of this program, channels_last: its image, first pixel, the pixel after the last, its channels, and which there are."""
     blocks = tl.cdiv(vectors * VECTOR, CHANNELS)
-    parts = tl.cdiv(pixels, PIXELS * TILES)
+    parts = tl.cdiv(pixels, part_pixels)
     program = tl.program_id(0)
     c = program % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    start = program // blocks % parts * (PIXELS * TILES)
-    return (program // blocks // parts).to(tl.int64), start, tl.minimum(pixels, start + PIXELS * TILES), c, c // VECTOR < vectors
+    start = program // blocks % parts * part_pixels
+    return (program // blocks // parts).to(tl.int64), start, tl.minimum(pixels, start + part_pixels), c, c // VECTOR < vectors
 
 
 @triton.jit
 def _pixel_tile(b, pixel, end, pixels, c, exists, vectors, VECTOR: tl.constexpr, PIXELS: tl.constexpr):
-    """Offsets of PIXELS pixels of image b, channels_last, and which there are."""
-    number = pixel + tl.arange(0, PIXELS)
-    return ((b * pixels + number) * vectors)[:, None] * VECTOR + c[None, :], (number < end)[:, None] & exists[None, :]
+    """PIXELS pixels of image b, channels_last: where they are, the offsets of their channels c from there, and which there are."""
+    number = tl.arange(0, PIXELS)
+    inside = (number < end - pixel)[:, None] & exists[None, :]
+    return (b * pixels + pixel) * vectors * VECTOR, (number * vectors)[:, None] * VECTOR + c[None, :], inside
 
 
-@triton.jit(do_not_specialize=["pixels", "vectors"])
+@triton.jit(do_not_specialize=["pixels", "vectors", "part_pixels"])
 def _select_channels_last_kernel(
-    ys, mean, scale, bias, a, v, pixels, vectors, negative_slope: tl.constexpr, ACTIVATION: tl.constexpr,
-    VECTOR: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, TILES: tl.constexpr,
+    ys, mean, scale, bias, a, v, pixels, vectors, part_pixels, negative_slope: tl.constexpr, ACTIVATION: tl.constexpr,
+    VECTOR: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program: CHANNELS channels of TILES times PIXELS pixels of one image, whose numbers it takes once."""
+    """A program: CHANNELS channels of `part_pixels` pixels of one image, whose numbers it takes once."""
     A: tl.constexpr = mean.dtype.element_ty
     M: tl.constexpr = len(ys)
     C = vectors * VECTOR
-    b, start, end, c, exists = _block_of(pixels, vectors, VECTOR, CHANNELS, PIXELS, TILES)
+    b, start, end, c, exists = _block_of(pixels, vectors, part_pixels, VECTOR, CHANNELS)
     numbers = ()
     for m in tl.static_range(M):
         at = m * C + c
         normal = _row(mean, at, exists), _row(scale, at, exists), _row(bias, at, exists)
         numbers += (normal + (_row(a, (b * M + m) * C + c, exists),),)
-    for pixel in range(start, end, PIXELS):
-        offsets, inside = _pixel_tile(b, pixel, end, pixels, c, exists, vectors, VECTOR, PIXELS)
+    for pixel in tl.range(start, end, PIXELS, num_stages=STAGES):
+        first, offsets, inside = _pixel_tile(b, pixel, end, pixels, c, exists, vectors, VECTOR, PIXELS)
         total = tl.zeros((PIXELS, CHANNELS), A)
         for m in tl.static_range(M):
             c_mean, c_scale, c_bias, weight = numbers[m]
-            y = tl.load(ys[m] + offsets, inside, 0.0).to(A)
+            y = tl.load(ys[m] + first + offsets, inside, 0.0).to(A)
             total += weight * activate((y - c_mean) * c_scale + c_bias, negative_slope, ACTIVATION)
-        tl.store(v + offsets, total.to(v.dtype.element_ty), inside)
+        tl.store(v + first + offsets, total.to(v.dtype.element_ty), inside)
 
 
 def _row_block(y: Tensor, M: int) -> dict[str, int | bool]:
@@ -122,18 +123,25 @@ def _row_block(y: Tensor, M: int) -> dict[str, int | bool]:
 
 
 def _channel_block(y: Tensor, M: int) -> dict[str, int]:
-    """How channels_last memory is cut."""
+    """How channels_last memory is cut. While a tile is worked on, the next ones are on their way into shared memory: more bytes than
+    registers would hold, where they have a program's numbers already."""
     vector = channel_vector(y, M)
-    lanes = channel_lanes(y, vector)
-    return {"VECTOR": vector, "CHANNELS": lanes * vector, "PIXELS": THREADS // lanes, "TILES": 8}
+    lanes = channel_lanes(y, vector, y.shape[0])
+    return {"VECTOR": vector, "CHANNELS": lanes * vector, "PIXELS": THREADS // lanes, "STAGES": 4}
+
+
+# Channels_last: enough programs that the last ones to end are few of all, and of no fewer tiles than make their start worth it.
+_PROGRAMS, _LEAST_TILES = 4096, 8
 
 
 def _launch(contiguous_kernel, channels_last_kernel, y: Tensor, M: int, arrays: tuple, activation: str, negative_slope: float) -> None:
     B, C, H, W = y.shape
     if is_channels_last(y):
         block = _channel_block(y, M)
-        grid = (B * ceil_div(H * W, block["PIXELS"] * block["TILES"]) * ceil_div(C, block["CHANNELS"]),)
-        kernel, sizes = channels_last_kernel, (H * W, C // block["VECTOR"])
+        blocks, tiles = B * ceil_div(C, block["CHANNELS"]), ceil_div(H * W, block["PIXELS"])
+        part_pixels = max(_LEAST_TILES, ceil_div(tiles, ceil_div(_PROGRAMS, blocks))) * block["PIXELS"]
+        grid = (blocks * ceil_div(H * W, part_pixels),)
+        kernel, sizes = channels_last_kernel, (H * W, C // block["VECTOR"], part_pixels)
     else:
         block = _row_block(y, M)
         vectors = B * C * H * W // block["VECTOR"]
@@ -180,30 +188,30 @@ def _select_backward_contiguous_kernel(
         tl.store(dys[m] + offsets, dy.to(g.dtype.element_ty), exists[:, None])
 
 
-@triton.jit(do_not_specialize=["pixels", "vectors"])
+@triton.jit(do_not_specialize=["pixels", "vectors", "part_pixels"])
 def _select_backward_channels_last_kernel(
-    g, ys, mean, scale, bias, a, t, p, q, dys, pixels, vectors, negative_slope: tl.constexpr, ACTIVATION: tl.constexpr,
-    VECTOR: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, TILES: tl.constexpr,
+    g, ys, mean, scale, bias, a, t, p, q, dys, pixels, vectors, part_pixels, negative_slope: tl.constexpr, ACTIVATION: tl.constexpr,
+    VECTOR: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program: CHANNELS channels of TILES times PIXELS pixels of one image, whose numbers it takes once."""
+    """A program: CHANNELS channels of `part_pixels` pixels of one image, whose numbers it takes once."""
     A: tl.constexpr = mean.dtype.element_ty
     M: tl.constexpr = len(ys)
     C = vectors * VECTOR
-    b, start, end, c, exists = _block_of(pixels, vectors, VECTOR, CHANNELS, PIXELS, TILES)
+    b, start, end, c, exists = _block_of(pixels, vectors, part_pixels, VECTOR, CHANNELS)
     share = _row(t, b * C + c, exists)
     numbers = ()
     for m in tl.static_range(M):
         at = m * C + c
         normal = _row(mean, at, exists), _row(scale, at, exists), _row(bias, at, exists)
         numbers += (normal + (_row(a, (b * M + m) * C + c, exists), _row(p, at, exists), _row(q, at, exists)),)
-    for pixel in range(start, end, PIXELS):
-        offsets, inside = _pixel_tile(b, pixel, end, pixels, c, exists, vectors, VECTOR, PIXELS)
-        gradient = tl.load(g + offsets, inside, 0.0).to(A)
+    for pixel in tl.range(start, end, PIXELS, num_stages=STAGES):
+        first, offsets, inside = _pixel_tile(b, pixel, end, pixels, c, exists, vectors, VECTOR, PIXELS)
+        gradient = tl.load(g + first + offsets, inside, 0.0).to(A)
         for m in tl.static_range(M):
             c_mean, c_scale, c_bias, weight, c_p, c_q = numbers[m]
-            d = tl.load(ys[m] + offsets, inside, 0.0).to(A) - c_mean
+            d = tl.load(ys[m] + first + offsets, inside, 0.0).to(A) - c_mean
             dz = gate(d * c_scale + c_bias, weight * gradient + share, negative_slope, ACTIVATION)
-            tl.store(dys[m] + offsets, (c_scale * dz - c_p - d * c_q).to(g.dtype.element_ty), inside)
+            tl.store(dys[m] + first + offsets, (c_scale * dz - c_p - d * c_q).to(g.dtype.element_ty), inside)
 
 
 def select_backward(g, ys, mean, scale, bias, a, t, p, q, activation: str, negative_slope: float) -> list[Tensor]:

@@ -6,6 +6,8 @@ Every sum is taken in one fixed order: lanes of a tile, tiles in sequence, lanes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +23,7 @@ from .common import (
     channel_lanes,
     channel_vector,
     dense,
+    fold,
     gate,
     is_channels_last,
     power_of_two,
@@ -29,7 +32,7 @@ from .common import (
 )
 
 # Of branch_statistics: so many, at most, that the second stage holds them in one tile.
-_MOST_PARTS = 64
+_MOST_PARTS = 512
 
 
 @triton.jit
@@ -63,32 +66,21 @@ def _row_tile(first, count, lead, vector, pixels, VECTOR: tl.constexpr, STRADDLE
 
 
 @triton.jit
-def _pixel_tile(start, pixel, end, channel, vectors, VECTOR: tl.constexpr, UNROLL: tl.constexpr, PIXELS: tl.constexpr):
-    """UNROLL times PIXELS pixels of a channels_last tensor from `pixel` on: the offsets of their values, from that of the image
-    `start`, and which are there."""
-    pixels = pixel + tl.arange(0, UNROLL)[:, None] * PIXELS + tl.arange(0, PIXELS)[None, :]
-    offsets = start + (pixels.to(tl.int64) * vectors)[:, :, None] * VECTOR + channel[None, None, :]
-    return offsets, (pixels < end)[:, :, None] & (channel // VECTOR < vectors)[None, None, :]
+def _pixel_tile(c, vectors, VECTOR: tl.constexpr, UNROLL: tl.constexpr, PIXELS: tl.constexpr):
+    """UNROLL times PIXELS pixels of a channels_last tensor: the offsets of their channels c from the first pixel, and the pixels."""
+    pixel = tl.arange(0, UNROLL)[:, None] * PIXELS + tl.arange(0, PIXELS)[None, :]
+    return (pixel * vectors)[:, :, None] * VECTOR + c[None, None, :], pixel[:, :, None]
 
 
 @triton.jit
-def _folded(m: tl.constexpr, c, exists, writes, norms, mean, r, scale, bias, C, eps: tl.constexpr):
+def _folded(m, c, exists, writes, norms, mean, r, scale, bias, C, eps: tl.constexpr):
     """mean, scale and bias of the channels c of branch m: made of the batch-norms `norms`, and written where `writes`; or read."""
     i = m * C + c
     # So are `norms` then; but triton 3.6 cannot compare a tuple that has a None in it.
     if r is None:
         return tl.load(mean + i, exists, 0.0), tl.load(scale + i, exists, 0.0), tl.load(bias + i, exists, 0.0)
     else:
-        A: tl.constexpr = mean.dtype.element_ty
-        weights, biases, means, variances = norms
-        c_mean = tl.load(means[m] + c, exists, 0.0).to(A)
-        c_r = tl.rsqrt(tl.load(variances[m] + c, exists, 1.0).to(A) + eps)
-        c_scale = c_r
-        if weights[m] is not None:
-            c_scale = tl.load(weights[m] + c, exists, 0.0).to(A) * c_r
-        c_bias = tl.zeros_like(c_mean)
-        if biases[m] is not None:
-            c_bias = tl.load(biases[m] + c, exists, 0.0).to(A)
+        c_mean, c_r, c_scale, c_bias = fold(norms, eps, m, c, exists, mean.dtype.element_ty)
         tl.store(mean + i, c_mean, writes)
         tl.store(r + i, c_r, writes)
         tl.store(scale + i, c_scale, writes)
@@ -98,90 +90,121 @@ def _folded(m: tl.constexpr, c, exists, writes, norms, mean, r, scale, bias, C, 
 
 @triton.jit
 def _add_tile(
-    sums, ys, g, offsets, read, inside, parameters, AXIS: tl.constexpr, negative_slope: tl.constexpr, ACTIVATION: tl.constexpr, SUMS: tl.constexpr
+    sums, ys, g, start, offsets, read, inside, parameters, AXIS: tl.constexpr, negative_slope: tl.constexpr, ACTIVATION: tl.constexpr,
+    SUMS: tl.constexpr,
 ):  # fmt: skip
     """sums[SUMS·m + i] + Σ over the AXIS of g·act(z), g·k, g·k·(y − mean); g is 1 if there is none. `parameters` are mean, scale
-    and bias of every branch."""
+    and bias of every branch. What is read is counted where it is `inside`; all of it, if that is None."""
     A: tl.constexpr = sums[0].dtype
     if g is not None:
-        weight = tl.load(g + offsets, read, 0.0).to(A)
+        weight = tl.load(g + start + offsets, read, 0.0).to(A)
     else:
         weight = tl.full(offsets.shape, 1.0, A)
     added = ()
     for m in tl.static_range(len(ys)):
         mean, scale, bias = parameters[m]
-        d = tl.load(ys[m] + offsets, read, 0.0).to(A) - mean
+        d = tl.load(ys[m] + start + offsets, read, 0.0).to(A) - mean
         z = d * scale + bias
-        added += (sums[SUMS * m] + tl.sum(tl.where(inside, weight * activate(z, negative_slope, ACTIVATION), 0.0), AXIS),)
+        added += (sums[SUMS * m] + _sum(weight * activate(z, negative_slope, ACTIVATION), inside, AXIS),)
         if SUMS == 3:
             k = gate(z, weight, negative_slope, ACTIVATION)
-            added += (sums[SUMS * m + 1] + tl.sum(tl.where(inside, k, 0.0), AXIS),)
-            added += (sums[SUMS * m + 2] + tl.sum(tl.where(inside, k * d, 0.0), AXIS),)
+            added += (sums[SUMS * m + 1] + _sum(k, inside, AXIS), sums[SUMS * m + 2] + _sum(k * d, inside, AXIS))
     return added
 
 
 @triton.jit
-def _store_sums(sums, outputs, b, part, parts, c, exists, C, AXIS: tl.constexpr, M: tl.constexpr, SUMS: tl.constexpr):
-    """Σ over the AXIS of every accumulator into outputs[i], (B, M, C); only if outputs[0] is (B, parts, C) over the branches too."""
-    pooled = tl.sum(sums[0], AXIS)
-    if parts is not None:
-        for m in tl.static_range(1, M):
-            pooled += tl.sum(sums[SUMS * m], AXIS)
-        tl.store(outputs[0] + (b * parts + part) * C + c, pooled, exists)
-    for m in tl.static_range(M):
-        if parts is None:
-            tl.store(outputs[0] + (b * M + m) * C + c, tl.sum(sums[SUMS * m], AXIS), exists)
-        for i in tl.static_range(1, SUMS):
-            tl.store(outputs[i] + (b * M + m) * C + c, tl.sum(sums[SUMS * m + i], AXIS), exists)
+def _sum(values, inside, AXIS: tl.constexpr):
+    """Σ over the AXIS of the values that are inside."""
+    if inside is not None:
+        values = tl.where(inside, values, 0.0)
+    return tl.sum(values, AXIS)
 
 
-@triton.jit(do_not_specialize=["parts", "B", "C", "pixels"])
+@triton.jit
+def _store_sums(sums, outputs, at, exists, AXIS: tl.constexpr, SUMS: tl.constexpr):
+    """Σ over the AXIS of a branch's accumulators."""
+    for i in tl.static_range(SUMS):
+        tl.store(outputs[i] + at, tl.sum(sums[i], AXIS), exists)
+
+
+@triton.jit
+def _branch_of(ys, m):
+    """ys[m], of a number that the compiler does not know."""
+    y = ys[0]
+    for i in tl.static_range(1, len(ys)):
+        if m == i:
+            y = ys[i]
+    return y
+
+
+@triton.jit
+def _branches_of(ys, g, program):
+    """Of a program: the number of its first branch, its branches, and what is left of its number. Without g it has one branch,
+    for which it has the more registers; with g, which is to be read once, it has all."""
+    if g is None:
+        return program % len(ys), (_branch_of(ys, program % len(ys)),), program // len(ys)
+    else:
+        return 0, ys, program
+
+
+@triton.jit(do_not_specialize=["B", "C", "pixels"])
 def _squeeze_contiguous_kernel(
-    ys, g, norms, mean, r, scale, bias, outputs, parts, B, C, pixels, eps: tl.constexpr, negative_slope: tl.constexpr,
+    ys, g, norms, mean, r, scale, bias, outputs, B, C, pixels, eps: tl.constexpr, negative_slope: tl.constexpr,
     ACTIVATION: tl.constexpr, SUMS: tl.constexpr, VECTOR: tl.constexpr, STRADDLES: tl.constexpr, ROWS: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     """A program: ROWS rows, VECTORS vectors of each at a time."""
     M: tl.constexpr = len(ys)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    m, branches, program = _branches_of(ys, g, tl.program_id(0))
+    row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     b = row // C
     c = (row - b * C).to(tl.int32)
     exists = b < B
     parameters = ()
-    for m in tl.static_range(M):
-        c_mean, c_scale, c_bias = _folded(m, c, exists, b == 0, norms, mean, r, scale, bias, C, eps)
+    for i in tl.static_range(len(branches)):
+        c_mean, c_scale, c_bias = _folded(m + i, c, exists, b == 0, norms, mean, r, scale, bias, C, eps)
         parameters += ((c_mean[:, None, None], c_scale[:, None, None], c_bias[:, None, None]),)
     first, count, lead = _window(row, exists, pixels, VECTOR, STRADDLES)
-    sums = zeros((ROWS, VECTORS), mean.dtype.element_ty, M * SUMS)
+    sums = zeros((ROWS, VECTORS), mean.dtype.element_ty, len(branches) * SUMS)
     for done in range(0, tl.max(count, 0), VECTORS):
         offsets, read, inside = _row_tile(first, count, lead, done + tl.arange(0, VECTORS), pixels, VECTOR, STRADDLES)
-        sums = _add_tile(sums, ys, g, offsets, read, inside, parameters, 2, negative_slope, ACTIVATION, SUMS)
-    _store_sums(sums, outputs, b, 0, parts, c, exists, C, 1, M, SUMS)
+        sums = _add_tile(sums, branches, g, 0, offsets, read, inside, parameters, 2, negative_slope, ACTIVATION, SUMS)
+    for i in tl.static_range(len(branches)):
+        _store_sums(sums[i * SUMS : (i + 1) * SUMS], outputs, (b * M + m + i) * C + c, exists, 1, SUMS)
 
 
-@triton.jit(do_not_specialize=["parts", "B", "vectors", "pixels", "part_pixels"])
+@triton.jit(do_not_specialize=["parts", "vectors", "pixels", "part_pixels"])
 def _squeeze_channels_last_kernel(
-    ys, g, norms, mean, r, scale, bias, outputs, parts, B, vectors, pixels, part_pixels, eps: tl.constexpr, negative_slope: tl.constexpr,
+    ys, g, norms, mean, r, scale, bias, outputs, parts, vectors, pixels, part_pixels, eps: tl.constexpr, negative_slope: tl.constexpr,
     ACTIVATION: tl.constexpr, SUMS: tl.constexpr, VECTOR: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, UNROLL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program: CHANNELS channels of one image, or of a part of its pixels."""
     M: tl.constexpr = len(ys)
+    STEP: tl.constexpr = UNROLL * PIXELS
     C = vectors * VECTOR
     blocks = tl.cdiv(C, CHANNELS)
-    block = tl.program_id(0) % blocks
-    part = tl.program_id(0) // blocks % tl.cdiv(pixels, part_pixels)
-    b = (tl.program_id(0) // blocks // tl.cdiv(pixels, part_pixels)).to(tl.int64)
-    c = block * CHANNELS + tl.arange(0, CHANNELS)
+    m, branches, program = _branches_of(ys, g, tl.program_id(0) // blocks)
+    part, b = program % parts, (program // parts).to(tl.int64)
+    c = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
     exists = c // VECTOR < vectors
     parameters = ()
-    for m in tl.static_range(M):
-        c_mean, c_scale, c_bias = _folded(m, c, exists, exists & (b == 0) & (part == 0), norms, mean, r, scale, bias, C, eps)
+    for i in tl.static_range(len(branches)):
+        c_mean, c_scale, c_bias = _folded(m + i, c, exists, exists & (program == 0), norms, mean, r, scale, bias, C, eps)
         parameters += ((c_mean[None, None, :], c_scale[None, None, :], c_bias[None, None, :]),)
-    sums = zeros((PIXELS, CHANNELS), mean.dtype.element_ty, M * SUMS)
-    end = tl.minimum(pixels, (part + 1) * part_pixels)
-    for pixel in range(part * part_pixels, end, UNROLL * PIXELS):
-        offsets, inside = _pixel_tile(b * pixels * C, pixel, end, c, vectors, VECTOR, UNROLL, PIXELS)
-        sums = _add_tile(sums, ys, g, offsets, inside, inside, parameters, 0, negative_slope, ACTIVATION, SUMS)
-    _store_sums(sums, outputs, b, part, parts, c, exists, C, 0, M, SUMS)
+    sums = zeros((PIXELS, CHANNELS), mean.dtype.element_ty, len(branches) * SUMS)
+    offsets, tile = _pixel_tile(c, vectors, VECTOR, UNROLL, PIXELS)
+    read = exists[None, None, :]
+    start, end = part * part_pixels, tl.minimum(pixels, (part + 1) * part_pixels)
+    whole = end - (end - start) % STEP
+    for pixel in tl.range(start, whole, STEP, num_stages=STAGES):
+        first = (b * pixels + pixel) * vectors * VECTOR
+        sums = _add_tile(sums, branches, g, first, offsets, read, None, parameters, 0, negative_slope, ACTIVATION, SUMS)
+    # What is left, if any: only it needs a mask.
+    for pixel in range(whole, end, STEP):
+        first, inside = (b * pixels + pixel) * vectors * VECTOR, tile < end - pixel
+        sums = _add_tile(sums, branches, g, first, offsets, read & inside, inside, parameters, 0, negative_slope, ACTIVATION, SUMS)
+    for i in tl.static_range(len(branches)):
+        _store_sums(sums[i * SUMS : (i + 1) * SUMS], outputs, ((b * M + m + i) * parts + part) * C + c, exists, 0, SUMS)
 
 
 # Pixels of a part of an image in `squeeze` with one sum, channels_last: enough for a program to be worth its start, few enough for
@@ -189,11 +212,14 @@ def _squeeze_channels_last_kernel(
 _PART_PIXELS = 1024
 
 
-def pooled_parts(y: Tensor, sums: int) -> int:
-    """P of `squeeze`. It depends on the size of the maps alone, so that a compiled graph takes batches of any size."""
-    if sums == 3 or not is_channels_last(y):
-        return 1
-    return (y.shape[2] * y.shape[3] + _PART_PIXELS - 1) // _PART_PIXELS
+def _parts_of_image(y: Tensor, sums: int) -> int:
+    """It depends on the size of the maps alone, so that a compiled graph takes batches of any size."""
+    return ceil_div(y.shape[2] * y.shape[3], _PART_PIXELS) if sums == 1 and is_channels_last(y) else 1
+
+
+def pooled_parts(ys: Sequence[Tensor], sums: int) -> int:
+    """P of `squeeze`: the parts of every branch."""
+    return len(ys) * _parts_of_image(ys[0], sums)
 
 
 def _row_block(y: Tensor, M: int) -> dict[str, int | bool]:
@@ -209,35 +235,41 @@ def _row_block(y: Tensor, M: int) -> dict[str, int | bool]:
     return {"VECTOR": vector, "STRADDLES": straddles, "ROWS": tile // vectors, "VECTORS": vectors}
 
 
-def _channel_block(y: Tensor, M: int, images: int, sums: int) -> dict[str, int]:
-    """How channels_last memory is cut, for `images` times blocks of channels programs: into narrower blocks where they are few. Of
-    each branch a thread has 4 vectors in flight, 2 where three sums need the registers."""
-    C, vector = y.shape[1], channel_vector(y, M)
-    lanes = channel_lanes(y, vector)
-    while lanes > 2 and images * ceil_div(C, lanes * vector) < ENOUGH_PROGRAMS:
-        lanes //= 2
-    return {"VECTOR": vector, "CHANNELS": lanes * vector, "PIXELS": THREADS // lanes, "UNROLL": 4 if sums == 1 else 2}
+def _channel_block(y: Tensor, tensors: int, programs: int) -> dict[str, int]:
+    """How channels_last memory is cut, for `programs` to each block of channels, each of which reads so many tensors: one branch, or a
+    gradient and all branches.
+
+    While a tile is worked on, the next ones are on their way into shared memory: more bytes than registers would hold. A tile is one vector
+    of a thread: of several, the compiler may lay out the sums anew in every step. In float64 it is four all the same: the longer the chain
+    of sums, the larger its error."""
+    vector = channel_vector(y, max(1, tensors - 1))
+    lanes = channel_lanes(y, vector, programs)
+    if tensors == 1:
+        # Of a whole warp of them a register spills on sm_80.
+        lanes = min(lanes, 16)
+    unroll, stages = (1, 4) if tensors > 1 else (4, 3) if y.dtype == torch.float64 else (1, 8)
+    return {"VECTOR": vector, "CHANNELS": lanes * vector, "PIXELS": THREADS // lanes, "UNROLL": unroll, "STAGES": stages}
 
 
-def _launch_sums(ys, g, norms, mean, r, scale, bias, outputs, parts, eps: float, activation: str, negative_slope: float) -> None:
+def _launch_sums(ys, g, norms, mean, r, scale, bias, outputs, eps: float, activation: str, negative_slope: float) -> None:
     y, M, sums = ys[0], len(ys), len(outputs)
     B, C, H, W = y.shape
-    arguments = tuple(ys), g, norms, mean, r, scale, bias, outputs, parts
+    arguments = tuple(ys), g, norms, mean, r, scale, bias, outputs
+    together = 1 if g is None else M
     if is_channels_last(y):
-        block = _channel_block(y, M, B * (parts or 1), sums)
-        part_pixels = _PART_PIXELS if sums == 1 else H * W
-        grid = (B * ceil_div(H * W, part_pixels) * ceil_div(C, block["CHANNELS"]),)
-        sizes = B, C // block["VECTOR"], H * W, part_pixels
-        kernel = _squeeze_channels_last_kernel
+        parts = _parts_of_image(y, sums)
+        block = _channel_block(y, 1 if g is None else M + 1, B * parts * M // together)
+        grid = (B * parts * (M // together) * ceil_div(C, block["CHANNELS"]),)
+        kernel, sizes = _squeeze_channels_last_kernel, (parts, C // block["VECTOR"], H * W, ceil_div(H * W, parts))
     else:
-        block = _row_block(y, M)
-        grid, sizes = (ceil_div(B * C, block["ROWS"]),), (B, C, H * W)
+        block = _row_block(y, together)
+        grid, sizes = (ceil_div(B * C, block["ROWS"]) * (M // together),), (B, C, H * W)
         kernel = _squeeze_contiguous_kernel
     kernel[grid](*arguments, *sizes, eps, negative_slope, ACTIVATION=activation, SUMS=sums, **block, num_warps=WARPS)
 
 
 def squeeze(ys, norm_weights, norm_biases, means, variances, eps: float, activation: str, negative_slope: float, sums: int):
-    """mean, r, scale, bias, pooled and, with three `sums`, [K1, K2]: see sk_fused/backends/reference.py.
+    """mean, r, scale, bias, pooled, of every branch's parts, and, with three `sums`, [K1, K2]: see sk_fused/backends/reference.py.
 
     Floor: every branch is read once; all else is of the size of a descriptor. The batch-norms are folded by the programs that
     use them, from their own few channels: no launch for it."""
@@ -245,11 +277,10 @@ def squeeze(ys, norm_weights, norm_biases, means, variances, eps: float, activat
     B, C = y.shape[:2]
     dtype = accumulate_dtype(y.dtype)
     mean, r, scale, bias = (torch.empty((M, C), dtype=dtype, device=y.device) for _ in range(4))
-    parts = pooled_parts(y, sums)
-    pooled = torch.empty((B, parts, C), dtype=dtype, device=y.device)
+    pooled = torch.empty((B, pooled_parts(ys, sums), C), dtype=dtype, device=y.device)
     K = [torch.empty((B, M, C), dtype=dtype, device=y.device) for _ in range(sums - 1)]
     norms = dense(norm_weights), dense(norm_biases), dense(means), dense(variances)
-    _launch_sums(ys, None, norms, mean, r, scale, bias, (pooled, *K), parts, eps, activation, negative_slope)
+    _launch_sums(ys, None, norms, mean, r, scale, bias, (pooled, *K), eps, activation, negative_slope)
     return mean, r, scale, bias, pooled, K
 
 
@@ -259,25 +290,17 @@ def select_backward_sums(g, ys, mean, scale, bias, activation: str, negative_slo
     Floor: g and every branch are read once."""
     B, (M, C) = g.shape[0], mean.shape
     sums = tuple(torch.empty((B, M, C), dtype=mean.dtype, device=g.device) for _ in range(3))
-    _launch_sums(ys, g, None, mean, None, scale, bias, sums, None, 0.0, activation, negative_slope)
+    _launch_sums(ys, g, None, mean, None, scale, bias, sums, 0.0, activation, negative_slope)
     return sums
 
 
 @triton.jit
 def _add_deviations(total, squares, values, shift, inside, AXIS: tl.constexpr):
-    """total + Σ d and squares + Σ d² over the AXIS, d = values − shift."""
-    d = tl.where(inside, values - shift, 0.0)
+    """total + Σ d and squares + Σ d² over the AXIS, d = values − shift where `inside`; everywhere, if that is None."""
+    d = values - shift
+    if inside is not None:
+        d = tl.where(inside, d, 0.0)
     return total + tl.sum(d, AXIS), squares + tl.sum(d * d, AXIS)
-
-
-@triton.jit
-def _branch_of(ys, m):
-    """ys[m], of a number that the compiler does not know."""
-    y = ys[0]
-    for i in tl.static_range(1, len(ys)):
-        if m == i:
-            y = ys[i]
-    return y
 
 
 @triton.jit
@@ -333,31 +356,51 @@ def _statistics_contiguous_kernel(
 
 @triton.jit(do_not_specialize=["pixels", "vectors", "part_pixels"])
 def _statistics_channels_last_kernel(
-    ys, parts, pixels, vectors, part_pixels, VECTOR: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, UNROLL: tl.constexpr
+    ys, parts, pixels, vectors, part_pixels, VECTOR: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, UNROLL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program: CHANNELS channels of one branch, of some of the pixels of all images."""
     A: tl.constexpr = parts.dtype.element_ty
     M: tl.constexpr = len(ys)
+    STEP: tl.constexpr = UNROLL * PIXELS
     C = vectors * VECTOR
     blocks = tl.cdiv(C, CHANNELS)
     m = tl.program_id(0) // blocks % M
     part = tl.program_id(0) // blocks // M
-    y = _branch_of(ys, m)
     c = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
     exists = c // VECTOR < vectors
-    # The pixels of all images may need 64 bits.
+    offsets, tile = _pixel_tile(c, vectors, VECTOR, UNROLL, PIXELS)
+    read = exists[None, None, :]
+    # The pixels of all images may need 64 bits; those of a part do not.
     start = part.to(tl.int64) * part_pixels
-    end = tl.minimum(pixels, start + part_pixels)
-    offsets, inside = _pixel_tile(0, start, end, c, vectors, VECTOR, UNROLL, PIXELS)
-    values = tl.load(y + offsets, inside, 0.0).to(A)
-    shift = tl.sum(tl.sum(values, 0), 0) / tl.minimum(end - start, UNROLL * PIXELS).to(A)
+    count = tl.minimum(pixels - start, part_pixels).to(tl.int32)
+    y = _branch_of(ys, m)
+    values = tl.load(y + start * vectors * VECTOR + offsets, read & (tile < count), 0.0).to(A)
+    shift = tl.sum(tl.sum(values, 0), 0) / tl.minimum(count, STEP).to(A)
     total, squares = tl.zeros((PIXELS, CHANNELS), A), tl.zeros((PIXELS, CHANNELS), A)
-    total, squares = _add_deviations(total, squares, values, shift[None, None, :], inside, 0)
-    for pixel in range(start + UNROLL * PIXELS, end, UNROLL * PIXELS):
-        offsets, inside = _pixel_tile(0, pixel, end, c, vectors, VECTOR, UNROLL, PIXELS)
-        values = tl.load(y + offsets, inside, 0.0).to(A)
+    total, squares = _add_deviations(total, squares, values, shift[None, None, :], tile < count, 0)
+    whole = count - count % STEP
+    for pixel in tl.range(STEP, whole, STEP, num_stages=STAGES):
+        values = tl.load(y + (start + pixel) * vectors * VECTOR + offsets, read, 0.0).to(A)
+        total, squares = _add_deviations(total, squares, values, shift[None, None, :], None, 0)
+    # What is left, if any: only it needs a mask.
+    for pixel in range(tl.maximum(whole, STEP), count, STEP):
+        inside = tile < count - pixel
+        values = tl.load(y + (start + pixel) * vectors * VECTOR + offsets, read & inside, 0.0).to(A)
         total, squares = _add_deviations(total, squares, values, shift[None, None, :], inside, 0)
-    _store_part(parts, part, m * C + c, exists, M * C, shift, tl.sum(total, 0), tl.sum(squares, 0), (end - start).to(A))
+    _store_part(parts, part, m * C + c, exists, M * C, shift, tl.sum(total, 0), tl.sum(squares, 0), count.to(A))
+
+
+@triton.jit
+def _part(parts, part, channel, origin, channels, count, part_count):
+    """Of these parts, which may be more than there are: how many counts each is of, the distance of its mean from the origin, and
+    its squared distances from that mean."""
+    exists = (part < tl.cdiv(count, part_count)) & (channel < channels)
+    at = parts + part * 3 * channels + channel
+    n = tl.where(exists, tl.minimum(part_count, count - part.to(tl.int64) * part_count), 0).to(origin.dtype)
+    shift, delta = tl.load(at, exists, 0.0), tl.load(at + channels, exists, 0.0)
+    # Shifts are close to each other: their differences are exact.
+    return n, tl.where(exists, shift - origin + delta, 0.0), tl.load(at + 2 * channels, exists, 0.0)
 
 
 @triton.jit(do_not_specialize=["channels", "count", "part_count", "weight"])
@@ -366,18 +409,13 @@ def _statistics_kernel(parts, mean, var, channels, count, part_count, weight, PA
     A: tl.constexpr = parts.dtype.element_ty
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     part = tl.arange(0, PARTS)[:, None]
-    exists = (part < tl.cdiv(count, part_count)) & (channel < channels)[None, :]
-    at = parts + part * 3 * channels + channel[None, :]
-    n = tl.minimum(part_count, count - part.to(tl.int64) * part_count).to(A)
-    shift = tl.load(at, exists, 0.0)
     origin = tl.load(parts + channel, channel < channels, 0.0)
-    # Shifts are close to each other: their differences are exact.
-    distance = tl.where(exists, shift - origin[None, :] + tl.load(at + channels, exists, 0.0), 0.0)
-    between = tl.sum(distance * tl.where(exists, n, 0.0), 0) / count.to(A)
-    deviation = tl.where(exists, distance - between[None, :], 0.0)
-    squares = tl.sum(tl.load(at + 2 * channels, exists, 0.0) + tl.where(exists, n, 0.0) * weight.to(A) * deviation * deviation, 0)
+    n, distance, squares = _part(parts, part, channel[None, :], origin[None, :], channels, count, part_count)
+    between = tl.sum(distance * n, 0) / count.to(A)
+    deviation = distance - between[None, :]
+    total = tl.sum(squares + n * weight.to(A) * deviation * deviation, 0)
     tl.store(mean + channel, origin + between, channel < channels)
-    tl.store(var + channel, squares / (count.to(A) * weight.to(A)), channel < channels)
+    tl.store(var + channel, total / (count.to(A) * weight.to(A)), channel < channels)
 
 
 def _parts(programs: int) -> int:
@@ -398,7 +436,7 @@ def branch_statistics(ys) -> tuple[Tensor, Tensor]:
     dtype = accumulate_dtype(y.dtype)
     if is_channels_last(y):
         # A program sees one branch only.
-        block = _channel_block(y, 1, ENOUGH_PROGRAMS, 1)
+        block = _channel_block(y, 1, ENOUGH_PROGRAMS)
         tile = block["UNROLL"] * block["PIXELS"]
         programs, count, weight = M * ceil_div(C, block["CHANNELS"]), B * H * W, 1
         part_count = ceil_div(ceil_div(count, _parts(programs)), tile) * tile
@@ -412,7 +450,8 @@ def branch_statistics(ys) -> tuple[Tensor, Tensor]:
     parts = torch.empty((number, 3, M, C), dtype=dtype, device=y.device)
     kernel[(programs * number,)](tuple(ys), parts, *sizes, **block, num_warps=WARPS)
     mean, var = (torch.empty((M, C), dtype=dtype, device=y.device) for _ in range(2))
-    channels = 32
+    # A program has all parts of a few channels in its registers, read at once.
+    channels = 4
     grid = (ceil_div(M * C, channels),)
     _statistics_kernel[grid](parts, mean, var, M * C, count, part_count, weight, PARTS=_MOST_PARTS, CHANNELS=channels, num_warps=WARPS)
     return mean, var
@@ -455,8 +494,9 @@ def fold_backward(a, ds, pixels: int, R1, R2, K1, K2, r, scale, count: int) -> t
     t = torch.empty_like(ds)
     dweight, dbias, p, q = (torch.empty_like(r) for _ in range(4))
     arrays = a, ds, R1, R2, K1, K2, r, scale, t, dweight, dbias, p, q
-    # 64 bytes of neighbouring channels, and so many programs as there can be with them.
-    channels = 16
+    # 64 bytes of neighbouring channels, and so many programs as there can be with them; of the images as many as registers hold, for
+    # every step waits for memory.
+    channels, warps = 16, 2 * WARPS
     grid = (M * ceil_div(C, channels),)
-    _fold_backward_kernel[grid](*arrays, B, C, pixels, count, M=M, IMAGES=4 * THREADS // channels, CHANNELS=channels, num_warps=WARPS)
+    _fold_backward_kernel[grid](*arrays, B, C, pixels, count, M=M, IMAGES=8 * 32 * warps // channels, CHANNELS=channels, num_warps=warps)
     return t, dweight, dbias, p, q
