@@ -7,6 +7,25 @@
 namespace sk::cuda {
 
 constexpr int kTaps = 9;
+
+// A number that others, from 0 to 2^31 - 1, are divided by: n / d = n * (2^shift / d, rounded up) / 2^shift, in three instructions.
+struct Divisor {
+  int value = 1;
+  unsigned factor = 1u << 31;
+  int shift = 31;
+
+  Divisor() = default;
+  explicit __host__ Divisor(int64_t d) : value(static_cast<int>(d)) {
+    while (int64_t{1} << (shift - 31) < d) ++shift;
+    factor = static_cast<unsigned>(((uint64_t{1} << shift) + d - 1) / d);
+  }
+  __host__ __device__ operator int() const { return value; }
+  friend __host__ __device__ __forceinline__ int operator/(int n, const Divisor& d) {
+    return static_cast<int>(static_cast<uint64_t>(static_cast<unsigned>(n)) * d.factor >> d.shift);
+  }
+  friend __host__ __device__ __forceinline__ int operator%(int n, const Divisor& d) { return n - n / d * d.value; }
+};
+
 // A tile has pixels of no more images.
 constexpr int kMostImages = 8;
 
@@ -33,26 +52,30 @@ template <int kPixels_, int kChannels_, int kBlock_, bool kWide_> struct Tile {
 
 // How the output is cut into tiles.
 struct Cut {
-  // An image's size. A tile is `run` pixels, row by row, of one of `strips` strips of columns, whose widths differ by one at most. If there
-  // is but one strip, all images are one below the other in it, and a tile may be of several.
-  int height, columns, run, strips, strip_rows, strip_tiles, tiles;
+  // An image's size. A tile is `run` pixels, row by row, of one of `strips` strips of columns, whose widths differ by one at most: of
+  // either, the width and the pixels of an image. If there is but one strip, all images are one below the other in it, and a tile may be of
+  // several.
+  Divisor height, columns, area, run, strips, strip_tiles, width[2], image_pixels[2];
+  int strip_rows, tiles;
   // A group of the convolution, or a few small ones together, or all of it: `blocks` of `inputs` and `outputs` channels, each of
   // `block_tiles` tiles.
-  int channels, blocks, inputs, outputs, block_tiles;
+  int channels, blocks, inputs, outputs;
+  Divisor block_tiles;
   // Chunks of a block's inputs, and how many of them a tile goes through: where all branches share one, it is there since the first.
-  int chunks, parts;
+  Divisor chunks;
+  int parts;
   // How many items a tile's branches are, one or as many as there are branches.
-  int pieces;
+  Divisor pieces;
   // Pixels of x that a tile reads, at most; the reach of the longest dilation.
   int read, reach;
 
-  __host__ __device__ int area() const { return height * columns; }
   __host__ __device__ int channel_tiles() const { return blocks * block_tiles; }
   __host__ __device__ int convolutions() const { return channel_tiles() * pieces; }
-  __host__ __device__ int strip_start(int strip) const { return static_cast<int>(int64_t{strip} * columns / strips); }
-  // The tiles with pixels of an image.
-  __host__ __device__ int first_tile(int image) const { return strips == 1 ? image * area() / run : image * strips * strip_tiles; }
-  __host__ __device__ int last_tile(int image) const { return strips == 1 ? ((image + 1) * area() - 1) / run : first_tile(image + 1) - 1; }
+  __host__ __device__ int strip_start(int strip) const { return strip * columns / strips; }
+  // The tiles with pixels of an image, and the first image whose last pixels are in a tile, or in one behind it.
+  __host__ __device__ int first_tile(int image) const { return strips == 1 ? image * area / run : image * strips * strip_tiles; }
+  __host__ __device__ int last_tile(int image) const { return strips == 1 ? ((image + 1) * area - 1) / run : first_tile(image + 1) - 1; }
+  __host__ __device__ int first_ending(int tile) const { return strips == 1 ? tile * run / area : tile / strip_tiles / strips; }
   // Of a tile of kChannels channels.
   __host__ __device__ int first_channel(int tile, int kChannels) const {
     return tile / block_tiles * outputs + tile % block_tiles * kChannels;
@@ -86,34 +109,36 @@ struct Layout {
 
 // The pixels of a tile: `count` of them, from the start-th of a strip on, whose first row is that of `image`.
 struct Pixels {
-  int image, first_column, width, image_pixels, start, count;
+  int image, first_column, width, kind, start, count;
 
-  __device__ __forceinline__ Pixels(const Cut& cut, int tile) {
-    const int strip = tile / cut.strip_tiles;
-    image = strip / cut.strips;
-    first_column = cut.strip_start(strip % cut.strips);
-    width = cut.strip_start(strip % cut.strips + 1) - first_column;
-    image_pixels = cut.height * width;
-    start = tile % cut.strip_tiles * cut.run;
+  __device__ __forceinline__ Pixels(const Cut& cut, int tile) : image(0), first_column(0), width(cut.columns), kind(0), start(tile * cut.run) {
+    if (cut.strips > 1) {
+      const int strip = tile / cut.strip_tiles, of_image = strip % cut.strips;
+      image = strip / cut.strips;
+      first_column = cut.strip_start(of_image);
+      width = cut.strip_start(of_image + 1) - first_column;
+      kind = width - cut.width[0];
+      start = tile % cut.strip_tiles * cut.run;
+    }
     const int left = cut.strip_rows * width - start;
     count = left < 0 ? 0 : left < cut.run ? left : cut.run;
   }
   // In the output, of all images.
   __device__ __forceinline__ int output(const Cut& cut, int p) const {
-    const int in_strip = start + p;
-    return cut.strips == 1 ? in_strip : (image * cut.height + in_strip / width) * cut.columns + first_column + in_strip % width;
+    const int in_strip = start + p, row = in_strip / cut.width[kind];
+    return cut.strips == 1 ? in_strip : (image * cut.height + row) * cut.columns + first_column + in_strip - row * width;
   }
-  __device__ __forceinline__ int image_of(int p) const { return image + (start + p) / image_pixels; }
+  __device__ __forceinline__ int image_of(const Cut& cut, int p) const { return image + (start + p) / cut.image_pixels[kind]; }
   // A narrow strip may have fewer tiles than a wide one; the others have no pixels, and count as the image's all the same.
-  __device__ __forceinline__ int first_image() const { return count > 0 ? image_of(0) : image; }
-  __device__ __forceinline__ int last_image() const { return count > 0 ? image_of(count - 1) : image; }
+  __device__ __forceinline__ int first_image(const Cut& cut) const { return count > 0 ? image_of(cut, 0) : image; }
+  __device__ __forceinline__ int last_image(const Cut& cut) const { return count > 0 ? image_of(cut, count - 1) : image; }
   // Those of an image are [first_of, end_of).
-  __device__ __forceinline__ int first_of(int i) const {
-    const int first = (i - image) * image_pixels - start;
+  __device__ __forceinline__ int first_of(const Cut& cut, int i) const {
+    const int first = (i - image) * cut.image_pixels[kind] - start;
     return first > 0 ? first : 0;
   }
-  __device__ __forceinline__ int end_of(int i) const {
-    const int end = (i + 1 - image) * image_pixels - start;
+  __device__ __forceinline__ int end_of(const Cut& cut, int i) const {
+    const int end = (i + 1 - image) * cut.image_pixels[kind] - start;
     return end < count ? end : count;
   }
 };
@@ -145,14 +170,14 @@ struct Where : Pixels {
 
   // The pixel of x in the middle of the p-th, of those that are read.
   __device__ __forceinline__ int input(const Unit& f, const Cut& cut, int p) const {
-    const int row = (start + p) / width, column = (start + p) % width;
+    const int row = (start + p) / cut.width[kind], column = start + p - row * width;
     return ((image + row / cut.height) * static_cast<int>(f.H) + row % cut.height * f.stride) * wide + (first_column + column) * f.stride -
            left - first;
   }
   // How far that is from the image's borders: above, below, left, right, 2 bits each, as dilations are 3 at most.
   __device__ __forceinline__ int margins(const Unit& f, const Cut& cut, int p) const {
     const auto least = [](int x) { return x < 3 ? x : 3; };
-    const int y = (start + p) / width % cut.height * f.stride, x = (first_column + (start + p) % width) * f.stride;
+    const int row = (start + p) / cut.width[kind], y = row % cut.height * f.stride, x = (first_column + start + p - row * width) * f.stride;
     return least(y) | least(static_cast<int>(f.H) - 1 - y) << 2 | least(x) << 4 | least(static_cast<int>(f.W) - 1 - x) << 6;
   }
 };
@@ -363,14 +388,17 @@ template <class T, class Tile> struct Convolution {
 
   // u of the item's branches: of branch m, the tile's first pixel and its channel 0 are at u_of(m); and of every image of the tile the sums
   // over branches and pixels, at sums() + image * pieces * C. Both are asked when they are needed, as registers are few. The block's threads
-  // are to meet before what comes next uses the shared memory.
-  template <class UOf, class Sums> __device__ __forceinline__ void run(const UOf& u_of, const Sums& sums_at) const {
+  // are to meet before what comes next uses the shared memory. before_last() is called once, before the last of the products.
+  template <class UOf, class Sums, class F>
+  __device__ __forceinline__ void run(const UOf& u_of, const Sums& sums_at, const F& before_last) const {
     constexpr int kDown = Tile::kDown, kAlong = Tile::kAlong, kJoined = Tile::kJoined, kOwn = Tile::kOwn;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int warp_row = warp / Tile::kWarpColumns, warp_column = warp % Tile::kWarpColumns, first_row = warp_row * Tile::kRows;
 
     int step = here.first_branch * cut.chunks * 3;
+    const int steps = here.end_branch * cut.chunks * 3;
     if (here.count > 0) fill(step);
+    else before_last();
     close_copies();
     fold_norms();
     int* const centers = reinterpret_cast<int*>(shared + Layout::kPixels);
@@ -399,7 +427,8 @@ template <class T, class Tile> struct Convolution {
         if constexpr (Tile::kWide) copies_before_products();
         __syncthreads();
         // What is filled now was used in the last step.
-        if (step + 1 < here.end_branch * cut.chunks * 3) fill(step + 1);
+        if (step + 1 < steps) fill(step + 1);
+        else before_last();
         close_copies();
         const int tap_row = step % 3, wide = here.wide, x = x_stage(step), weights = weight_stage(step);
         const auto row_of_tap = [&](int i, int tap) {
@@ -420,26 +449,30 @@ template <class T, class Tile> struct Convolution {
       const int end_row = first_row + Tile::kRows < here.count ? first_row + Tile::kRows : here.count;
       if (first_row >= end_row) continue;
 #pragma unroll 1
-      for (int image = here.image_of(first_row); here.first_of(image) < end_row; ++image) {
-        const int low = here.first_of(image), high = here.end_of(image);
+      for (int image = here.image_of(cut, first_row); here.first_of(cut, image) < end_row; ++image) {
+        const int low = here.first_of(cut, image), high = here.end_of(cut, image);
         float* const by_row = reinterpret_cast<float*>(shared + layout.sums);
-        float* const to = by_row + (warp_row + image - here.first_image()) * Tile::kChannels + warp_column * Tile::kColumns;
+        float* const to = by_row + (warp_row + image - here.first_image(cut)) * Tile::kChannels + warp_column * Tile::kColumns;
+        const auto sum_up = [&]<bool kWhole>() {
 #pragma unroll
-        for (int q = 0; q < kAlong / kJoined; ++q) {
-          float total[kOwn] = {};
+          for (int q = 0; q < kAlong / kJoined; ++q) {
+            float total[kOwn] = {};
 #pragma unroll
-          for (int i = 0; i < kDown; ++i)
+            for (int i = 0; i < kDown; ++i)
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              const int p = first_row + i * 16 + lane / 4 + 8 * h;
-              const bool of_it = p >= low && p < high;
+              for (int h = 0; h < 2; ++h) {
+                const int p = first_row + i * 16 + lane / 4 + 8 * h;
+                const bool of_it = kWhole || (p >= low && p < high);
 #pragma unroll
-              for (int k = 0; k < kOwn; ++k) total[k] += of_it ? c[i][q * kJoined + k / 2][2 * h + k % 2] : 0;
-            }
-          const float sum = scatter_sums(lane, total);
-          float& all = to[q * 4 * kOwn + lane % 4 * kOwn + lane / (32 / kOwn)];
-          if (lane / 4 % (8 / kOwn) == 0) all = m == here.first_branch ? sum : all + sum;
-        }
+                for (int k = 0; k < kOwn; ++k) total[k] += of_it ? c[i][q * kJoined + k / 2][2 * h + k % 2] : 0;
+              }
+            const float sum = scatter_sums(lane, total);
+            float& all = to[q * 4 * kOwn + lane % 4 * kOwn + lane / (32 / kOwn)];
+            if (lane / 4 % (8 / kOwn) == 0) all = m == here.first_branch ? sum : all + sum;
+          }
+        };
+        if (low <= first_row && high >= first_row + Tile::kRows) sum_up.template operator()<true>();
+        else sum_up.template operator()<false>();
       }
     }
 
@@ -447,11 +480,11 @@ template <class T, class Tile> struct Convolution {
     __syncthreads();
     const float* const by_row = reinterpret_cast<const float*>(shared + layout.sums);
     float* const sums = sums_at();
-    const int first_image = here.first_image(), images = here.last_image() - first_image + 1;
+    const int first_image = here.first_image(cut), images = here.last_image(cut) - first_image + 1;
 #pragma unroll 1
     for (int i = threadIdx.x; i < images * Tile::kChannels; i += kThreads) {
       const int of = i / Tile::kChannels, image = first_image + of, n = i % Tile::kChannels, channel = here.first_channel + n;
-      const int low = here.first_of(image), high = here.end_of(image);
+      const int low = here.first_of(cut, image), high = here.end_of(cut, image);
       if (channel >= here.end_channel) continue;
       float total = 0;
       for (int row = low / Tile::kRows; row * Tile::kRows < high; ++row) total += by_row[(row + of) * Tile::kChannels + n];
