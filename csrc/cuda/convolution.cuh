@@ -60,6 +60,8 @@ struct Cut {
   // A group of the convolution, or a few small ones together, or all of it: `blocks` of `inputs` and `outputs` channels, each of
   // `block_tiles` tiles.
   int channels, blocks, inputs, outputs;
+  // The channels of x that a branch reads.
+  int share;
   Divisor block_tiles;
   // Chunks of a block's inputs, and how many of them a tile goes through: where all branches share one, it is there since the first.
   Divisor chunks;
@@ -221,23 +223,23 @@ template <class T, class Tile> struct Convolution {
 
   __device__ __forceinline__ void fill_x(int stage, int m, int chunk) const {
     constexpr int kSixteens = Tile::kPixelBytes / 16, kStep = kThreads / kSixteens;
-    const int sixteen = threadIdx.x % kSixteens, W = static_cast<int>(f.W), share = f.split ? f.channels / f.M : f.channels;
+    const int sixteen = threadIdx.x % kSixteens, W = static_cast<int>(f.W), read = here.read, first = here.first, wide = here.wide;
     const int in_block = chunk * Tile::kInputs + sixteen * 8;
     const int channel = Tile::kSeveral ? here.first_channel + sixteen * 8 : here.block * cut.inputs + in_block;
-    const bool there = Tile::kSeveral ? channel < share : in_block < cut.inputs;
-    const int read = here.read;
+    const bool there = Tile::kSeveral ? channel < cut.share : in_block < cut.inputs;
     int p = threadIdx.x / kSixteens, to = stage + place<Tile::kPixelBytes>(p, sixteen);
-    const T* const image = static_cast<const T*>(f.x) + (there ? (f.split ? m * share : 0) + channel : 0);
-    if (here.wide == W) {
-      const T* from = image + int64_t{here.first + p} * f.channels;
+    const T* const image = static_cast<const T*>(f.x) + (f.split ? m * cut.share : 0) + channel;
+    if (wide == W) {
+      const T* from = image + int64_t{first + p} * f.channels;
       const int64_t step = int64_t{kStep} * f.channels;
 #pragma unroll 1
       for (; p < read; p += kStep, to += kStep * Tile::kPixelBytes, from += step) copy_async<16>(shared, to, from, there);
     } else {
+      const int left = here.left;
 #pragma unroll 1
       for (; p < read; p += kStep, to += kStep * Tile::kPixelBytes) {
-        const int row = (here.first + p) / here.wide, column = (here.first + p) % here.wide;
-        copy_async<16>(shared, to, image + (int64_t{row} * W + here.left + column) * f.channels, there);
+        const int row = (first + p) / wide, column = (first + p) % wide;
+        copy_async<16>(shared, to, image + (int64_t{row} * W + left + column) * f.channels, there);
       }
     }
   }
@@ -245,28 +247,31 @@ template <class T, class Tile> struct Convolution {
   // Of taps 3 row ... 3 row + 2, those of all channels one after the other.
   __device__ __forceinline__ void fill_weights(int stage, int m, int chunk, int row) const {
     constexpr int kSixteens = Tile::kWeightBytes / 16, kAtOnce = kThreads / kSixteens, kAll = 3 * Tile::kChannels;
-    const int sixteen = threadIdx.x % kSixteens, in_block = chunk * Tile::kInputs + sixteen * 8;
+    // All that a thread copies is as far from its first as its place is from the place of that.
+    static_assert(kAtOnce % Tile::kChannels == 0 || (Tile::kChannels % kAtOnce == 0 && kAtOnce % (8 * Tile::kJoined) == 0));
+    const int sixteen = threadIdx.x % kSixteens, in_block = chunk * Tile::kInputs + sixteen * 8, first = threadIdx.x / kSixteens;
+    const int channel = here.first_channel + Tile::channel_of(first % Tile::kChannels), end = here.end_channel;
+    const int to = stage + place<Tile::kWeightBytes>(first, sixteen);
     const T* const weights = static_cast<const T*>(f.weights[m]);
+    const int from = (channel * kTaps + row * 3 + first / Tile::kChannels) * f.inputs;
     // There are fewest registers to spare where there are several blocks.
 #pragma unroll(Tile::kSeveral ? 1 : 9)
     for (int i = 0; i < (kAll + kAtOnce - 1) / kAtOnce; ++i) {
-      const int k = i * kAtOnce + threadIdx.x / kSixteens, n = k % Tile::kChannels, tap = row * 3 + k / Tile::kChannels;
-      if (kAll % kAtOnce != 0 && k >= kAll) break;
-      const int channel = here.first_channel + Tile::channel_of(n), to = stage + place<Tile::kWeightBytes>(k, sixteen);
-      const bool inside = channel < here.end_channel;
-      const T* const from = weights + (int64_t{inside ? channel : 0} * kTaps + tap) * f.inputs;
+      const int k = i * kAtOnce, later = k % Tile::kChannels;
+      if (kAll % kAtOnce != 0 && k + first >= kAll) break;
+      const bool inside = channel + later < end;
+      const T* const here_from = weights + (from + (later * kTaps + k / Tile::kChannels) * f.inputs);
       if (Tile::kBlock > 16 || f.inputs >= 16) {
-        const bool there = inside && in_block < cut.inputs;
-        copy_async<16>(shared, to, from + (there ? in_block : 0), there);
+        copy_async<16>(shared, to + k * Tile::kWeightBytes, here_from + in_block, inside && in_block < cut.inputs);
         continue;
       }
       // Small groups, several in 16 channels: a block-diagonal matrix. These 8 inputs are those of a group of 8 or of two of 4.
-      const bool there = inside && channel / 8 % 2 == sixteen;
+      const bool there = inside && (channel + later) / 8 % 2 == sixteen;
       if (f.inputs == 8) {
-        copy_async<16>(shared, to, from, there);
+        copy_async<16>(shared, to + k * Tile::kWeightBytes, here_from, there);
       } else {
-        copy_async<8>(shared, to, from, there && channel % 8 < 4);
-        copy_async<8>(shared, to + 8, from, there && channel % 8 >= 4);
+        copy_async<8>(shared, to + k * Tile::kWeightBytes, here_from, there && (channel + later) % 8 < 4);
+        copy_async<8>(shared, to + k * Tile::kWeightBytes + 8, here_from, there && (channel + later) % 8 >= 4);
       }
     }
   }

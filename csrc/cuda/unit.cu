@@ -120,8 +120,8 @@ template <class T> __device__ __forceinline__ void select_part(const Ring& f, in
   const Pixels pixels(f.cut, tile);
   const int C = f.unit.C, lanes = f.lanes, rows = kThreads / lanes, row = static_cast<int>(threadIdx.x) / f.lanes;
   const int first = part * f.part_pixels, behind = first + f.part_pixels, end = behind < pixels.count ? behind : pixels.count;
-  const int64_t branch = int64_t{f.cut.run} * C;
-  const T* const u = static_cast<const T*>(f.u) + tile % f.slots * f.unit.M * branch;
+  const int branch = f.cut.run * C;
+  const T* const u = static_cast<const T*>(f.u) + int64_t{tile % f.slots} * f.unit.M * branch;
   const int first_image = pixels.first_image(f.cut);
   const bool one_image = first_image == pixels.last_image(f.cut);
   if (row >= rows) return;
@@ -140,7 +140,7 @@ template <class T> __device__ __forceinline__ void select_part(const Ring& f, in
 #pragma unroll
           for (int j = 0; j < kSelected; ++j)
             if (m + b < f.unit.M && p + j * rows < end)
-              packed[b][j] = load_fresh(reinterpret_cast<const uint4*>(u + (m + b) * branch + int64_t{p + j * rows} * C + c));
+              packed[b][j] = load_fresh(reinterpret_cast<const uint4*>(u + ((m + b) * branch + (p + j * rows) * C + c)));
 #pragma unroll
         for (int b = 0; b < kSelectedBranches; ++b) {
           if (m + b >= f.unit.M) break;
@@ -301,14 +301,16 @@ struct Plan {
 };
 
 static Cut cut_of(const Unit& f) {
-  if (f.B * f.H * f.W >= int64_t{1} << 31 || f.W >= 1 << 17 || f.channels >= 1 << 20 || f.C >= 1 << 20)
-    refuse(f, "too many pixels or channels");
+  if (f.B * f.H * f.W >= int64_t{1} << 31 || f.W >= 1 << 17 || f.channels >= 1 << 20 || f.C >= 1 << 20 ||
+      int64_t{f.C} * kTaps * f.inputs >= int64_t{1} << 31)
+    refuse(f, "too many pixels, channels or weights");
   Cut cut{};
   cut.height = Divisor((f.H - 1) / f.stride + 1);
   cut.columns = Divisor((f.W - 1) / f.stride + 1);
   cut.area = Divisor(cut.height * cut.columns);
   cut.reach = *std::max_element(f.dilations, f.dilations + f.M);
   cut.channels = f.C;
+  cut.share = f.split ? f.channels / f.M : f.channels;
   return cut;
 }
 
@@ -363,12 +365,13 @@ template <class Tile> static void plan_tile(const Unit& f, int device, Plan& pla
   // How many tiles the last one of an image may lie behind one that it is in.
   const int behind =
       static_cast<int>(cut.strips == 1 ? quotient(int64_t{cut.area} + cut.run - 2, cut.run) : int64_t{cut.strips} * cut.strip_tiles - 1);
-  const int64_t tile = int64_t{f.M} * cut.run * f.C * 2, taken = quotient(plan.blocks, cut.convolutions() + 1 + plan.parts) + 1;
-  // Half of the L2 cache: x, v and the weights go through it as well. Twice the steps that are under way at a time, if there is room.
-  const int64_t room = attribute_of_device(cudaDevAttrL2CacheSize, "unit", device) / 2 / tile;
-  const int64_t wait = std::clamp<int64_t>((room - behind - 1) / 3, 0, std::min<int64_t>(2 * taken, cut.tiles));
-  plan.attend_lag = static_cast<int>(wait);
-  plan.lag = static_cast<int>(behind + 2 * wait);
+  const int64_t tile = int64_t{f.M} * cut.run * f.C * 2, taken = quotient(plan.blocks, cut.convolutions() + plan.parts) + 1;
+  // Most of the L2 cache: x, v and the weights go through it as well. For every wait the steps that are under way at a time, and twice for that
+  // of the convolutions, which take longest, if there is room.
+  const int64_t room = attribute_of_device(cudaDevAttrL2CacheSize, "unit", device) * int64_t{3} / 4 / tile;
+  const int64_t wait = std::clamp<int64_t>((room - behind - 1) / 4, 0, std::min<int64_t>(taken, cut.tiles));
+  plan.attend_lag = static_cast<int>(2 * wait);
+  plan.lag = static_cast<int>(behind + 3 * wait);
   plan.slots = static_cast<int>(std::min<int64_t>(plan.lag + 1 + wait, cut.tiles));
 }
 
