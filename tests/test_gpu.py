@@ -204,8 +204,6 @@ def test_every_road_of_triton(case: str, precision: str, monkeypatch: pytest.Mon
     if precision == "tf32":
         convolution = in_tf32(convolution[0]), [in_tf32(weight) for weight in convolution[1]], *convolution[2:]
     assert_convolutions_match(convolution)
-    # Rounds of an image.
-    monkeypatch.setattr(branch, "_device", lambda device: branch._Device("for a test", 132, 1))
     theirs, exact = reference.unit(*convolution, *rest), reference.unit(*in_float64(convolution), *in_float64(rest))
     for name in roads_of(lambda: branch.unit(*convolution, *rest), monkeypatch):
         # Each into new memory, which is NaN.

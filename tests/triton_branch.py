@@ -90,7 +90,7 @@ def test_convolutions_match_pytorch(case: str, dtype: torch.dtype):
 @pytest.mark.parametrize("case", ["dense, split, stride 2", "8 a group, stride 2"])
 def test_tiles_of_128_pixels_match_pytorch(case: str, monkeypatch: pytest.MonkeyPatch):
     """Which are chosen where there are enough of them for the device."""
-    monkeypatch.setattr(branch, "_device", lambda device: branch._Device(None, 1, 1 << 16))
+    monkeypatch.setattr(branch, "_device", lambda device: branch._Device(None, 1))
     assert_convolutions_match(operands(case)[0])
 
 
@@ -159,12 +159,9 @@ def test_offsets_beyond_32_bits(per_image: bool):
 )
 def test_every_road_of_the_unit_matches_reference(case: str, dtype: torch.dtype, activation: str, monkeypatch: pytest.MonkeyPatch):
     convolution, rest = operands(case, dtype, activation=activation)
-    # A round of one image.
-    monkeypatch.setattr(branch, "_device", lambda device: branch._Device(None, 8, 1))
     exact, theirs = reference.unit(*in_float64(convolution), *in_float64(rest)), reference.unit(*convolution, *rest)
     roads = roads_of(lambda: branch.unit(*convolution, *rest), monkeypatch)
-    expected = {"library", "own by rounds", "own twice"} | ({"library by rounds"} if convolution[0].shape[0] > 1 else set())
-    assert roads.keys() == expected
+    assert roads.keys() == {"library", "own", "own twice"}
     for name in roads:
         # Each into new memory, which is NaN.
         v = roads_of(lambda: branch.unit(*convolution, *rest), monkeypatch)[name]()
@@ -177,21 +174,8 @@ def test_norms_without_weights_and_in_other_dtypes(monkeypatch: pytest.MonkeyPat
     rest = [weights[0].double(), None], [None, biases[1].half()], [means[0].bfloat16(), means[1]], variances, *rest
     exact, theirs = reference.unit(*in_float64(convolution), *in_float64(rest)), reference.unit(*convolution, *rest)
     roads = roads_of(lambda: branch.unit(*convolution, *rest), monkeypatch)
-    for name in ("own by rounds", "own twice"):
+    for name in ("own", "own twice"):
         parity.assert_within(name, roads[name](), theirs, exact)
-
-
-def test_rounds_of_several_images_of_which_the_last_are_fewer(monkeypatch: pytest.MonkeyPatch):
-    (x, *convolution), rest = operands("1 × 1 maps")
-    x = torch.cat([x, x + 1]).to(memory_format=torch.channels_last)[:5]
-    monkeypatch.setattr(branch, "_device", lambda device: branch._Device(None, 8, 2 * 2 * (2 * 16 * 4)))
-    sizes = []
-    one_round = branch._own_round
-    monkeypatch.setattr(branch, "_own_round", lambda x, *arguments: (sizes.append(x.shape[0]), one_round(x, *arguments)))
-    v = roads_of(lambda: branch.unit(x, *convolution, *rest), monkeypatch)["own by rounds"]()
-    assert sizes == [2, 2, 1]
-    exact = reference.unit(*in_float64((x, *convolution)), *in_float64(rest))
-    parity.assert_within("v", v, reference.unit(x, *convolution, *rest), exact)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..backends.reference import convolutions, convolutions_backward, empty_branch, layout_of
 from . import choice
 from .attend import attend
-from .common import activate, dense, is_channels_last
+from .common import activate, dense, fold, is_channels_last
 from .select import select, select_backward
 from .squeeze import branch_statistics, squeeze
 
@@ -199,23 +199,6 @@ def _moments_kernel(partials, mean, var, tiles, pixels, BLOCK_P: tl.constexpr, B
     tl.store(var + channel, tl.sum(spread, 0) / pixels)
 
 
-@triton.jit
-def _fold(weights, biases, means, variances, eps, m, c, is_channel):
-    """mean, scale = weight/√(var + eps) and bias of the channels c of branch m."""
-    mean, scale, bias = tl.zeros_like(c).to(tl.float32), tl.zeros_like(c).to(tl.float32), tl.zeros_like(c).to(tl.float32)
-    # The vectors of the branches may differ in dtype.
-    for i in tl.static_range(len(means)):
-        ours = is_channel & (m == i)
-        gain = tl.rsqrt(tl.load(variances[i] + c, ours, 1.0).to(tl.float32) + eps)
-        if weights[i] is not None:
-            gain *= tl.load(weights[i] + c, ours, 0.0).to(tl.float32)
-        mean += tl.load(means[i] + c, ours, 0.0).to(tl.float32)
-        scale = tl.where(m == i, gain, scale)
-        if biases[i] is not None:
-            bias += tl.load(biases[i] + c, ours, 0.0).to(tl.float32)
-    return mean, scale, bias
-
-
 @triton.jit(do_not_specialize=(*_SIZES, "parts"))
 def _branch_squeeze_kernel(
     x, ws, ys, pooled, folded, weights, biases, means, variances, eps, parts, segment, H, W, OH, OW,
@@ -245,14 +228,14 @@ def _branch_squeeze_kernel(
         if ys is not None:
             tl.store(_chosen(ys, m) + _at(image, images, row, column, c, OH, OW, C), y, is_pixel[:, None] & is_channel[None, :])
         # Anew for every tile: they would be in registers all through the convolution.
-        mean, scale, bias = _fold(weights, biases, means, variances, eps, m, c, is_channel)
+        mean, r, scale, bias = fold((weights, biases, means, variances), eps, m, c, is_channel, tl.float32)
         u = activate((y.to(tl.float32) - mean[None, :]) * scale[None, :] + bias[None, :], negative_slope, ACTIVATION)
         total += tl.sum(tl.where(is_pixel[:, None], u, 0.0), 0)
     at = program // parts * (M * parts) + m * parts + program % parts
     tl.store(pooled + at.to(tl.int64) * C + c, total, is_channel)
     if folded is not None:
         if program == 0:
-            mean, scale, bias = _fold(weights, biases, means, variances, eps, m, c, is_channel)
+            mean, r, scale, bias = fold((weights, biases, means, variances), eps, m, c, is_channel, tl.float32)
             tl.store(folded + m * C + c, mean, is_channel)
             tl.store(folded + (M + m) * C + c, scale, is_channel)
             tl.store(folded + (2 * M + m) * C + c, bias, is_channel)
@@ -280,7 +263,7 @@ def _branch_select_kernel(
             STRIDE, SPLIT, GROUPS, INPUTS, OUTPUTS, PACK, BLOCK_P, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
         y = acc.to(x.dtype.element_ty).to(tl.float32)
-        mean, scale, bias = _fold(weights, biases, means, variances, eps, m, c, is_channel)
+        mean, r, scale, bias = fold((weights, biases, means, variances), eps, m, c, is_channel, tl.float32)
         weight = tl.load(a + (image * M + m) * C + c, is_channel, 0.0)
         total += weight[None, :] * activate((y - mean[None, :]) * scale[None, :] + bias[None, :], negative_slope, ACTIVATION)
     is_pixel = tl.arange(0, BLOCK_P) < count
@@ -320,27 +303,26 @@ def _tile(inputs: int, outputs: int, groups: int, dtype: torch.dtype, pixels: in
     else:
         P, N, K = pixels, min(N, channels), min(K, 128 // dtype.itemsize)
     constants = {"PACK": pack, "BLOCK_P": P, "BLOCK_N": N, "BLOCK_K": K, "PRECISION": "ieee" if precision == "ieee" else "tf32"}
-    return {**constants, "num_warps": 8 if P * N == 128 * 128 else 4, "num_stages": 3 if pack * inputs > K else 1}
+    return {**constants, "num_warps": 8 if P == 128 else 4, "num_stages": 3 if pack * inputs > K else 1}
 
 
 class _Device(NamedTuple):
     name: str | None
     multiprocessors: int
-    l2_bytes: int
 
 
 @functools.cache
 def _device(device: torch.device) -> _Device:
     """Where kernels are interpreted there is none to measure."""
     if device.type != "cuda":
-        return _Device(None, 8, 1 << 16)
+        return _Device(None, 8)
     properties = torch.cuda.get_device_properties(device)
-    return _Device(properties.name, properties.multi_processor_count, properties.L2_cache_size)
+    return _Device(properties.name, properties.multi_processor_count)
 
 
 # At most so many pixels by channels are in a tile: in training, and in eval, when also the numbers of the batch-norm, a sum of
 # pixels or one of branches are in registers.
-_TRAINING, _EVAL = (128, 128), (64, 64)
+_TRAINING, _EVAL = (128, 128), (128, 64)
 
 
 class _Launch(NamedTuple):
@@ -356,13 +338,13 @@ def _launch(
     x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int, y: Tensor, segment: int, branches: int, most: tuple[int, int]
 ) -> _Launch:
     """For x and what it gives, of the shape of y; `branches` are made by programs of their own. Tiles are at most so many pixels by
-    channels; they are of 64 pixels, what a wgmma takes, where there would not be one for every multiprocessor."""
+    channels; they are of 64 pixels, what a wgmma takes, where a segment has no more, or there would not be one for every multiprocessor."""
     (B, channels, H, W), (_, C, OH, OW), inputs = x.shape, y.shape, weights[0].shape[1]
     for pixels in sorted({most[0], 64}, reverse=True):
         tile = _tile(inputs, C // groups, groups, x.dtype, pixels, most[1])
         tiles = triton.cdiv(segment, tile["BLOCK_P"])
         programs = triton.cdiv(groups, tile["PACK"]) * triton.cdiv(tile["PACK"] * (C // groups), tile["BLOCK_N"]) * branches
-        if B * OH * OW // segment * tiles * programs >= _device(x.device).multiprocessors:
+        if segment > 64 and B * OH * OW // segment * tiles * programs >= _device(x.device).multiprocessors:
             break
     constants = {
         "KERNELS": tuple(weight.shape[2] for weight in weights),
@@ -468,47 +450,35 @@ def unit(
     """v, with given statistics.
 
     Floor: x and v once, B·(C'·H·W + C·OH·OW) values; the flops of `branch`. Roads: the library's convolutions, or our own with
-    Σ u in their epilogue, by rounds of as many images as leave their branches in the L2 until the select has read them; or our
-    own twice, for Σ u and for v, which writes no branch at all, for twice the flops."""
+    Σ u in their epilogue; or our own twice, for Σ u and for v, which writes no branch at all, for twice the flops."""
     convolution = x, weights, stride, dilations, groups
     norms = *(dense(vectors) for vectors in (norm_weights, norm_biases, means, variances)), eps
     attention = fc_reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, "relu", 0.0, fc_select, None
     rest = stride, dilations, groups, norms, attention, activation, negative_slope
     v = empty_branch(x, weights, stride)
-    # The branches of a round have half of the L2; x and v pass through the other half.
-    images = max(1, _device(x.device).l2_bytes // 2 // (len(weights) * v[0].nbytes))
-    roads = {"library": lambda: _by_rounds(_library_round, x.shape[0], x, v, weights, *rest)}
-    if images < x.shape[0]:
-        roads["library by rounds"] = lambda: _by_rounds(_library_round, images, x, v, weights, *rest)
+    roads = {"library": lambda: _unit_library(x, v, weights, *rest)}
     if is_channels_last(x):
-        roads["own by rounds"] = lambda: _by_rounds(_own_round, images, x, v, _by_taps(weights), *rest)
-        roads["own twice"] = lambda: _own_twice(x, v, _by_taps(weights), *rest)
-    own = "own twice" if _twice_is_less(x.dtype, weights, groups) else "own by rounds"
+        roads["own"] = lambda: _unit_own(x, v, _by_taps(weights), *rest)
+        roads["own twice"] = lambda: _unit_own_twice(x, v, _by_taps(weights), *rest)
+    own = "own twice" if _twice_is_less(x.dtype, weights, groups) else "own"
     return _take("unit", convolution, roads, own if groups > 1 and own in roads else "library")
 
 
-def _by_rounds(one_round: Callable, images: int, x: Tensor, v: Tensor, *rest) -> Tensor:
-    """v, so many images at once. What a round gives back to the allocator the next one gets: the same memory, which is in the L2."""
-    for x_part, v_part in zip(x.split(images), v.split(images)):
-        one_round(x_part, v_part, *rest)
-    return v
-
-
-def _library_round(x, v, weights, stride: int, dilations, groups: int, norms, attention, activation: str, negative_slope: float) -> None:
+def _unit_library(x, v, weights, stride: int, dilations, groups: int, norms, attention, activation: str, negative_slope: float) -> Tensor:
     ys = _library(x, weights, stride, dilations, groups)
     mean, _, scale, bias, pooled, _ = squeeze(ys, *norms, activation, negative_slope, 1)
     a = attend(pooled, v.shape[2] * v.shape[3], *attention)[0]
-    select(ys, mean, scale, bias, a, activation, negative_slope, v)
+    return select(ys, mean, scale, bias, a, activation, negative_slope, v)
 
 
-def _own_round(x, v, weights, stride: int, dilations, groups: int, norms, attention, activation: str, negative_slope: float) -> None:
+def _unit_own(x, v, weights, stride: int, dilations, groups: int, norms, attention, activation: str, negative_slope: float) -> Tensor:
     act = negative_slope, activation
     pooled, ys, folded = _squeeze_launch(x, weights, stride, dilations, groups, v, norms, act, store=True)
     a = attend(pooled, v.shape[2] * v.shape[3], *attention)[0]
-    select(ys, *folded, a, activation, negative_slope, v)
+    return select(ys, *folded, a, activation, negative_slope, v)
 
 
-def _own_twice(x, v, weights, stride: int, dilations, groups: int, norms, attention, activation: str, negative_slope: float) -> Tensor:
+def _unit_own_twice(x, v, weights, stride: int, dilations, groups: int, norms, attention, activation: str, negative_slope: float) -> Tensor:
     act, (B, _, OH, OW) = (negative_slope, activation), v.shape
     pooled, _, _ = _squeeze_launch(x, weights, stride, dilations, groups, v, norms, act, store=False)
     a = attend(pooled, OH * OW, *attention)[0]

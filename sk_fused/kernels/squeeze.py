@@ -242,7 +242,7 @@ def _channel_block(y: Tensor, tensors: int, programs: int) -> dict[str, int]:
     While a tile is worked on, the next ones are on their way into shared memory: more bytes than registers would hold."""
     vector = channel_vector(y, max(1, tensors - 1))
     lanes = channel_lanes(y, vector, programs)
-    unroll, stages = (4, 3) if tensors == 1 else (1, 4)
+    unroll, stages = (2, 4) if tensors == 1 else (1, 4)
     return {"VECTOR": vector, "CHANNELS": lanes * vector, "PIXELS": THREADS // lanes, "UNROLL": unroll, "STAGES": stages}
 
 
@@ -414,8 +414,9 @@ def _statistics_kernel(parts, mean, var, channels, count, part_count, weight, PA
 
 
 def _parts(programs: int) -> int:
-    """Into how many parts the batch is cut for so many programs to each: twice enough, since the last to end are waited for."""
-    return min(_MOST_PARTS, ceil_div(2 * ENOUGH_PROGRAMS, programs))
+    """Into how many parts the batch is cut for so many programs to each: enough, but so few that a GPU has them all at once, for they
+    take equally long, and a few more would take twice as long."""
+    return min(_MOST_PARTS, ceil_div(3 * ENOUGH_PROGRAMS // 2, programs))
 
 
 def branch_statistics(ys) -> tuple[Tensor, Tensor]:
