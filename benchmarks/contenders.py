@@ -205,7 +205,8 @@ def graphed(make: Callable[[], Step]) -> Step:
     with torch.cuda.graph(graph):
         output = inner.run()
 
-    def run() -> object:
+    # The graph reads the memory of the step's tensors, and does not keep them.
+    def run(kept: Step = inner) -> object:
         graph.replay()
         return output
 

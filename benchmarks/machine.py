@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import os
 import platform
 import re
 import shutil
@@ -60,11 +61,13 @@ def kernels(device_type: str) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """What is checked out; "-dirty" if anything but results differs from it."""
+    """What is checked out; "-dirty" if anything but results differs from it. A copy without its history is told by SK_FUSED_COMMIT."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
 
+    if os.environ.get("SK_FUSED_COMMIT"):
+        return os.environ["SK_FUSED_COMMIT"]
     commit = git("describe", "--always") or "unknown"
     return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results") else commit
 

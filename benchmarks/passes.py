@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sk_fused.backends import BACKENDS
+from sk_fused.backends import BACKENDS, use_backend
 
 from . import figures, harness
 from .cases import MAIN, UNITS, Case
@@ -124,7 +124,7 @@ def rows(arguments: Namespace) -> Iterator[dict]:
             small_values, small_flops = operator.small(exact_inputs)
             moved = (operator.traffic(exact_inputs.M) * values + operator.inputs * x_values) * dtype.itemsize + 4 * small_values
             runs = {
-                (side, layout): Entry(lambda side=side, layout=layout: _step(operator, BACKENDS[side], inputs[layout]), OURS)
+                (side, layout): Entry(lambda side=side, layout=layout: _step(operator, side, inputs[layout]), OURS)
                 for side in operator.backends
                 for layout in LAYOUTS
             }
@@ -138,11 +138,13 @@ def rows(arguments: Namespace) -> Iterator[dict]:
             yield {"unit": name, "pass": title, "bytes": moved, "flops": flops, "copy_ms": copy.get("median_ms"), "speed": figures, "backends": _ours(race)}
 
 
-def _step(operator: Pass, backend: ModuleType, inputs: Inputs) -> Step:
-    reason = backend.why_not(inputs.ys)
-    if operator.convolutions and not reason:
-        x, weights, *rest = inputs.convolved
-        reason = backend.why_not_convolve(x.shape, x.dtype, [w.shape for w in weights], *rest, x.device)
+def _step(operator: Pass, side: str, inputs: Inputs) -> Step:
+    backend = BACKENDS[side]
+    with use_backend(side):
+        reason = backend.why_not(inputs.ys)
+        if operator.convolutions and not reason:
+            x, weights, *rest = inputs.convolved
+            reason = backend.why_not_convolve(x.shape, x.dtype, [w.shape for w in weights], *rest, x.device)
     if reason:
         raise RuntimeError(reason)
 

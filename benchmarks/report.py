@@ -62,6 +62,8 @@ def device_report(folder: Path) -> str:
             sections.append(f"## {title}\n\n{what[0].upper()}{what[1:]}\n\n{markdown(benchmark, path, folder)}")
             ceilings = json.loads(path.read_text())["ceilings"]
             sections.append(f"Measured beside it: copy {ceilings['copy_GBps']:.1f} GB/s, matrix units {ceilings['matrix_GFLOPs']:.0f} GFLOP/s.")
+            if stale(path):
+                sections.append(f"Measured before changes to {', '.join(stale(path))}.")
             errors = could_not(json.loads(path.read_text())["rows"])
             if errors:
                 sections.append("Not timed:\n\n" + "\n".join(f"- {side}: `{error}`" for side, error in errors.items()))

@@ -40,9 +40,11 @@ def rows(arguments: Namespace) -> Iterator[dict]:
 
 
 def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """Milliseconds of the main sides, and the ratio of sk_fused to timm eager, pair by pair."""
+    """Milliseconds of the main sides, and the ratio of sk_fused to timm eager, pair by pair; on a GPU also those of all as CUDA graphs."""
     header = ["unit", "mode", "timm, ms", "best peer, ms", "sk_fused, ms", "convolutions, ms", "floor, ms", "sk_fused ÷ timm (quartiles)", "passes, timm → sk_fused", "MB kept, ÷ timm's"]
-    return header, [_cells(row, mode) for row in rows for mode in MODES]
+    graphs = list(dict.fromkeys(side for row in rows for mode in MODES for side in row[mode] if side.endswith(":graph")))
+    cells = [_cells(row, mode) + [f"{row[mode][side]['median_ms']:.2f}" if "median_ms" in row[mode].get(side, {}) else "" for side in graphs] for row in rows for mode in MODES]
+    return header + [f"{side}, ms" for side in graphs], cells
 
 
 def _cells(row: dict, mode: str) -> list[str]:

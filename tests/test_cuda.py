@@ -5,12 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
+from sk_fused import backends
 from sk_fused.backends import native, native_on_cuda
 
 from .cuda_on_host.build import ROOT, build, preloaded
@@ -193,6 +195,12 @@ def test_why_not_convolve_on_cuda():
         weights = [torch.Size((groups * outputs, inputs, 3, 3))] * 2
         return native.why_not_convolve(torch.Size((2, groups * inputs, 8, 8)), dtype, weights, stride, [1, 2], groups, torch.device("cuda", 0))
 
+    assert "unless it is forced" in why_not(64, 64)
+    with backends.use_backend("native"):
+        assert_taken_and_refused(why_not)
+
+
+def assert_taken_and_refused(why_not: Callable[..., str | None]) -> None:
     for taken in ((64, 64), (32, 40), (4, 4, 32), (8, 8, 3), (16, 16, 4, torch.float16, 2)):
         assert why_not(*taken) is None
     assert "float32" in why_not(64, 64, dtype=torch.float32)

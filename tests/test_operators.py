@@ -116,8 +116,9 @@ def magnitudes(name: str, arguments: tuple, exact: list[Tensor]) -> list[Tensor]
         terms = s.abs() @ fc_reduce.abs().t()
         # An error of the reduced descriptor goes into its variance by twice its distance from the mean.
         var_terms = var + 2 * (reduced - mean).abs().amax(0) * terms.amax(0)
-        h = reference.activate((reduced - mean) * torch.rsqrt(var + eps) * weight + bias, *act)
-        logits = (h.abs() @ fc_select.abs().t()).view(a.shape)
+        # Where the images are alike, the batch-norm blows up what is left of `reduced` and its mean.
+        h = (reduced.abs() + mean.abs()) * torch.rsqrt(var + eps) * weight.abs() + bias.abs()
+        logits = (h @ fc_select.abs().t()).view(a.shape)
         return [a + a * (1 - a) * logits, s, terms, terms.mean(0), var_terms]
     if name == "attend_backward":
         da, a, s, reduced, fc_reduce, weight, bias, mean, var, eps, _, *act, fc_select = arguments

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sk_fused
-from sk_fused.backends import BACKENDS, native, native_on_cuda, triton
+from sk_fused.backends import native, native_on_cuda, triton
 
 from .test_operators import run_python
 
@@ -31,6 +31,7 @@ def capability(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
         monkeypatch.setattr(triton, "_capability", lambda device: (major, minor))
 
     has(9, 0)
+    monkeypatch.setattr(native_on_cuda, "why_not", lambda *_: "there are no native kernels: for a test")
     return has
 
 
@@ -64,12 +65,17 @@ def test_why_not(capability: Callable[[int, int], None]):
     assert triton.why_not([branch()]) == "the Triton kernels are for compute capability 8.0 and up, cuda:0 has 7.5"
 
 
-def test_a_gpu_is_triton_s(monkeypatch: pytest.MonkeyPatch):
-    assert list(BACKENDS) == ["triton", "native", "reference"]
+def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    """The native kernels, then Triton's, then the reference."""
+    with monkeypatch.context() as there:
+        there.setattr(native_on_cuda, "why_not", lambda *_: None)
+        assert sk_fused.backends.choose([branch()]) is native
+        assert "the native kernels go before" in triton.why_not([branch()])
+        with sk_fused.use_backend("triton"):
+            assert sk_fused.backends.choose([branch()]) is triton
     assert sk_fused.backends.choose([branch()]) is triton
     monkeypatch.setattr(triton, "_why_not_triton", lambda: "triton is not there: for a test")
-    monkeypatch.setattr(native_on_cuda, "why_not", lambda *_: "nor are native kernels: for a test")
-    with pytest.warns(RuntimeWarning, match="triton is not there: for a test; nor are native kernels: for a test"):
+    with pytest.warns(RuntimeWarning, match="triton is not there: for a test; there are no native kernels: for a test"):
         assert sk_fused.backends.choose([branch()]) is sk_fused.backends.reference
     with sk_fused.use_backend("triton"), pytest.raises(RuntimeError, match="the backend 'triton' was forced, but triton is not there"):
         sk_fused.backends.choose([branch()])

@@ -217,6 +217,15 @@ def test_offsets_beyond_32_bits(name: str, layout: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_statistics_of_parts_of_many_tiles(dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch):
+    """Those of small tensors are of one otherwise."""
+    monkeypatch.setattr(squeeze, "_MOST_PARTS", 16)
+    for shape in ((2, 3, 16, 16, 32), (2, 5, 40, 31, 29)):
+        assert_matches_reference("branch_statistics", operands(shape, dtype, layout)["branch_statistics"], dtype, backend)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_offsets_of_statistics_beyond_32_bits(layout: str, monkeypatch: pytest.MonkeyPatch):
     (ys,) = operands((1, 2, CHANNELS, 7, 7), torch.bfloat16, layout)["branch_statistics"]
     if layout == "channels_last":

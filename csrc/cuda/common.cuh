@@ -15,6 +15,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "launchers.h"
 
@@ -24,9 +25,6 @@ constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kAllLanes = 0xffffffff;
-
-// How many vectors of V values a thread has under way at a time, where there are as many and it does not say otherwise.
-template <int V> constexpr int kAtOnce = V == 8 ? 2 : 4;
 
 #ifdef __CUDACC__
 // The shared memory that the launch gave the block.
@@ -39,6 +37,16 @@ template <class A> __device__ __forceinline__ A* shared_memory() {
 __device__ __forceinline__ void store_vector(void* p, const uint4& x) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
+
+__device__ __forceinline__ unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+
+// 16 bytes into shared memory, or zeros if they are not there. Copies belong to the group that is closed next.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until no more than kLeft groups are under way.
+template <int kLeft> __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory"); }
 
 // Of a cooperative launch.
 __device__ __forceinline__ void wait_for_grid() { cooperative_groups::this_grid().sync(); }
@@ -62,6 +70,19 @@ __device__ __forceinline__ void narrow(double x, double& to) { to = x; }
 __device__ __forceinline__ void narrow(float x, __half& to) { to = __float2half_rn(x); }
 __device__ __forceinline__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
 
+// Two at once, into 32 bits.
+template <class T> __device__ __forceinline__ void narrow_pair(float first, float second, T* to) {
+#ifdef __CUDACC__
+  uint32_t bits;
+  if constexpr (std::is_same_v<T, __half>) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  memcpy(to, &bits, sizeof(bits));
+#else
+  narrow(first, to[0]);
+  narrow(second, to[1]);
+#endif
+}
+
 // The values in 16 bytes.
 template <class T> constexpr int kVector = 16 / sizeof(T);
 
@@ -80,7 +101,39 @@ template <int V, class T> struct Packed {
       memcpy(values, bytes, sizeof(bytes));
     }
   }
-  __device__ __forceinline__ Accumulate<T> operator[](int i) const { return widen(values[i]); }
+  __device__ __forceinline__ void store(T* p) const {
+    if constexpr (V == 1) {
+      *p = values[0];
+    } else {
+      uint4 bytes;
+      static_assert(sizeof(values) == sizeof(bytes));
+      memcpy(&bytes, values, sizeof(bytes));
+      store_vector(p, bytes);
+    }
+  }
+  __device__ __forceinline__ Accumulate<T> operator[](int i) const {
+    // The upper or the lower half of 32 bits, without a register for each.
+    if constexpr (std::is_same_v<T, __nv_bfloat16> && V > 1) {
+      uint32_t bits;
+      memcpy(&bits, values + i / 2 * 2, sizeof(bits));
+      bits = i % 2 == 0 ? bits << 16 : bits & 0xffff0000u;
+      float value;
+      memcpy(&value, &bits, sizeof(value));
+      return value;
+    } else {
+      return widen(values[i]);
+    }
+  }
+  // Values i to i + kCount - 1, i and kCount even if they are of half precision and V is not 1.
+  template <int kCount> __device__ __forceinline__ void set(int i, const Accumulate<T> (&x)[kCount]) {
+#pragma unroll
+    for (int e = 0; e < kCount; e += 2)
+      if constexpr (sizeof(T) == 2 && V > 1) narrow_pair(x[e], x[e + 1], values + i + e);
+      else {
+        narrow(x[e], values[i + e]);
+        if constexpr (kCount > 1) narrow(x[e + 1], values[i + e + 1]);
+      }
+  }
 };
 
 template <int V, class T> __device__ __forceinline__ void load(const T* p, Accumulate<T> (&x)[V]) {
@@ -91,15 +144,20 @@ template <int V, class T> __device__ __forceinline__ void load(const T* p, Accum
 }
 
 template <int V, class T> __device__ __forceinline__ void store(T* p, const Accumulate<T> (&x)[V]) {
+  Packed<V, T> packed;
+  packed.set(0, x);
+  packed.store(p);
+}
+
+// V values side by side in shared memory, at a multiple of 16 bytes if they are several.
+template <int V, class A> __device__ __forceinline__ void store_shared(A* p, const A (&x)[V]) {
   if constexpr (V == 1) {
-    narrow(x[0], *p);
+    *p = x[0];
   } else {
-    T values[V];
+    uint4 bytes[sizeof(x) / 16];
+    memcpy(bytes, x, sizeof(bytes));
 #pragma unroll
-    for (int i = 0; i < V; ++i) narrow(x[i], values[i]);
-    uint4 bytes;
-    memcpy(&bytes, values, sizeof(bytes));
-    store_vector(p, bytes);
+    for (size_t i = 0; i < sizeof(x) / 16; ++i) reinterpret_cast<uint4*>(p)[i] = bytes[i];
   }
 }
 
@@ -181,6 +239,10 @@ inline int power_of_two(int64_t n, int most) {
 
 inline int64_t quotient(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
+// Of channels_last: about as many items, so that they are a few for every block that a large device holds, and none waits long for the
+// last; but at least so many pixels for a thread.
+constexpr int kItems = 1024, kLeastPixels = 2;
+
 // V: channels in a vector of channels_last. The segments do not depend on it. A contiguous segment starts at a multiple of 16
 // bytes if its row does.
 inline Geometry geometry(const Branches& ys, int V) {
@@ -188,7 +250,10 @@ inline Geometry geometry(const Branches& ys, int V) {
   s.side = 1;
   const int values = ys.type == Type::float64 ? 2 : ys.type == Type::float32 ? 4 : 8;
   if (ys.channels_last) {
-    s.segment = 16 * power_of_two(ys.HW, kThreads / power_of_two(quotient(ys.C, values), kWarp));
+    const int lanes = power_of_two(quotient(ys.C, values), kWarp), rows = power_of_two(ys.HW, kThreads / lanes);
+    const int64_t wanted = quotient(kItems, ys.B * quotient(ys.C, lanes * values));
+    const int64_t segments = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, ys.HW / (rows * kLeastPixels)));
+    s.segment = quotient(quotient(ys.HW, segments), rows) * rows;
     s.lanes = power_of_two(quotient(ys.C, V), kWarp);
     s.rows = power_of_two(ys.HW, kThreads / s.lanes);
     s.side = s.images = kThreads / (s.lanes * s.rows);
@@ -203,6 +268,53 @@ inline Geometry geometry(const Branches& ys, int V) {
   s.segments = quotient(ys.HW, s.segment);
   s.image_tiles = quotient(ys.B, s.images);
   return s;
+}
+
+// A thread's own vectors on their way from memory to shared memory, at most so many: batches of one tensor each. They cost it no registers,
+// and it waits for nobody else. All kernels that read branches in channels_last do it so.
+constexpr int kUnderWay = 12;
+template <bool kChannelsLast, int V> constexpr size_t streamed = kChannelsLast && V > 1 ? size_t{kUnderWay} * kThreads * 16 : 0;
+
+// tile.use(t, vectors, offset, step, count) for the tensors t < tile.tensors() of every batch, up to Tile::kBatch, of `steps` vectors,
+// which are `step` values apart, from `first` on.
+template <int V, class T, class Tile>
+__device__ __forceinline__ void stream(Tile& tile, int64_t first, int64_t step, int steps) {
+  constexpr int kBatch = Tile::kBatch, kStages = kUnderWay / kBatch;
+  struct Cursor {
+    int tensor = 0, vector = 0, stage = 0;
+    __device__ __forceinline__ void advance(int tensors) {
+      stage = stage + 1 == kStages ? 0 : stage + 1;
+      if (++tensor == tensors) tensor = 0, vector += kBatch;
+    }
+  } ahead, now;
+  uint4* const slots = shared_memory<uint4>() + threadIdx.x;
+  const int tensors = tile.tensors();
+  const auto fetch = [&] {
+    if (ahead.vector < steps) {
+      const T* const from = tile.tensor(ahead.tensor) + first + ahead.vector * step;
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const bool there = ahead.vector + j < steps;
+        copy_async(slots + (ahead.stage * kBatch + j) * kThreads, there ? from + j * step : from, there);
+      }
+      ahead.advance(tensors);
+    }
+    close_copies();
+  };
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) fetch();
+#pragma unroll 1
+  while (now.vector < steps) {
+    // Into the stage that was used last.
+    fetch();
+    wait_for_copies<kStages - 1>();
+    Packed<V, T> vectors[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) memcpy(&vectors[j], slots + (now.stage * kBatch + j) * kThreads, sizeof(uint4));
+    const int left = steps - now.vector;
+    tile.use(now.tensor, vectors, first + now.vector * step, step, left < kBatch ? left : kBatch);
+    now.advance(tensors);
+  }
 }
 
 // The place of this thread in an item: its first channel, its first image, and its pixels [start, end), of which it reads those
@@ -238,16 +350,22 @@ template <bool kChannelsLast, int V> struct Place {
     inside = c < ys.C && images > 0;
   }
 
-  // tile.run<width, count>(offset, step) for all of this thread's values in image `image`: `count` vectors of `width`, `step` apart,
-  // kMost of them as long as there are so many. Vectors of a contiguous row begin at its first multiple of 16 bytes, as an address of
-  // `like` tells; null: there are none.
-  template <int kMost = kAtOnce<V>, class T, class Tile>
+  // tile.use(t, vectors, offset, step, count) for every tensor t < tile.tensors() and all of this thread's values in image `image`:
+  // `count` vectors, `step` apart. Vectors of a contiguous row begin at its first multiple of 16 bytes, as an address of `like` tells;
+  // null: there are none.
+  template <class T, class Tile>
   __device__ __forceinline__ void walk(const Geometry& s, const Branches& ys, int64_t image, const T* like, Tile& tile) const {
+    constexpr int kBatch = Tile::kBatch;
     if constexpr (kChannelsLast) {
-      int64_t p = start + lane;
-      for (; p + (kMost - 1) * s.rows < end; p += kMost * s.rows)
-        tile.template run<V, kMost>((image * ys.HW + p) * ys.C + c, s.rows * ys.C);
-      for (; p < end; p += s.rows) tile.template run<V, 1>((image * ys.HW + p) * ys.C + c, 0);
+      const int64_t first = (image * ys.HW + start + lane) * ys.C + c, step = s.rows * ys.C;
+      const int steps = static_cast<int>((end - start - lane + s.rows - 1) / s.rows);
+      if constexpr (V > 1) {
+        stream<V, T>(tile, first, step, steps);
+      } else {
+        int i = 0;
+        for (; i + kBatch <= steps; i += kBatch) take<T, 1, kBatch>(tile, first + i * step, step);
+        for (; i < steps; ++i) take<T, 1, 1>(tile, first + i * step, step);
+      }
     } else {
       const int64_t first = (image * ys.C + c) * ys.HW + start, pixels = end - start;
       int64_t head = pixels;
@@ -255,11 +373,22 @@ template <bool kChannelsLast, int V> struct Place {
       if (head > pixels) head = pixels;
       const int64_t vectors = (pixels - head) / V, step = static_cast<int64_t>(s.lanes) * V;
       int64_t i = lane;
-      for (; i + (kMost - 1) * s.lanes < vectors; i += kMost * s.lanes)
-        tile.template run<V, kMost>(first + head + i * V, step);
-      for (; i < vectors; i += s.lanes) tile.template run<V, 1>(first + head + i * V, 0);
+      for (; i + (kBatch - 1) * s.lanes < vectors; i += kBatch * s.lanes) take<T, V, kBatch>(tile, first + head + i * V, step);
+      for (; i < vectors; i += s.lanes) take<T, V, 1>(tile, first + head + i * V, 0);
       // What lies before the vectors and after them.
-      for (i = lane; i < pixels - vectors * V; i += s.lanes) tile.template run<1, 1>(first + (i < head ? i : i + vectors * V), 0);
+      for (i = lane; i < pixels - vectors * V; i += s.lanes) take<T, 1, 1>(tile, first + (i < head ? i : i + vectors * V), 0);
+    }
+  }
+
+ private:
+  template <class T, int kWidth, int kCount, class Tile>
+  static __device__ __forceinline__ void take(Tile& tile, int64_t offset, int64_t step) {
+#pragma unroll 1
+    for (int t = 0; t < tile.tensors(); ++t) {
+      Packed<kWidth, T> vectors[kCount];
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) vectors[j].load(tile.tensor(t) + offset + j * step);
+      tile.use(t, vectors, offset, step, kCount);
     }
   }
 };

@@ -1,4 +1,4 @@
-// The matrix units, and copies into shared memory that run beside them: one function for each instruction. Of a fragment lane i has,
+// The matrix units, and what blocks tell each other: one function for each instruction. Of a fragment lane i has,
 // with g = i / 4 and t = i % 4: of A (16 x 16) rows g and g + 8, columns 2t, 2t + 1, 2t + 8, 2t + 9; of B (16 x 8) the same rows of
 // column g; of C (16 x 8) rows g and g + 8, columns 2t and 2t + 1 (PTX ISA, "Matrix fragments for mma.m16n8k16").
 #pragma once
@@ -9,8 +9,6 @@
 #ifdef __CUDACC__
 
 namespace sk::cuda {
-
-__device__ __forceinline__ unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
 
 // Four matrices of 8 rows of 16 bytes: lane i gives the address of row i % 8 of matrix i / 8, and gets of each matrix the two values
 // 2t and 2t + 1 of row g.
@@ -32,14 +30,6 @@ __device__ __forceinline__ void multiply_add(__nv_bfloat16, float (&c)[4], const
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-
-// 16 bytes into shared memory, or zeros if they are not there. Copies belong to the group that is closed next.
-__device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until no more than kLeft groups are under way.
-template <int kLeft> __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory"); }
 
 // What other blocks wrote in this launch: out of the L2 cache, which all share.
 template <class V> __device__ __forceinline__ V load_fresh(const V* p) { return __ldcg(p); }

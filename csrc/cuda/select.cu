@@ -6,9 +6,13 @@
 
 namespace sk::cuda {
 
-// Those of a thread's channels, from element i on.
-template <class A, int kWidth> __device__ __forceinline__ Constant<A, kWidth> constants(const void* array, int64_t i) {
-  return Constant<A, kWidth>::in_memory(static_cast<const A*>(array) + i);
+// Of a vector, so many values are computed at a time: there are no registers for the constants of more. In channels_last they are read
+// once for all vectors of a batch: else they would be most of what passes through the first-level cache.
+template <int V> constexpr int kPiece = V == 8 ? 4 : V;
+
+// Those of a thread's channels, from element i on: of V channels, or of one.
+template <class A, int kWidth, int V> __device__ __forceinline__ auto constants(const void* array, int64_t i) {
+  return Constant<A, kWidth == 1 ? 1 : V>::in_memory(static_cast<const A*>(array) + i);
 }
 
 struct Select {
@@ -22,33 +26,40 @@ struct Select {
 
 template <class T, int kWidth> struct Selected {
   using A = Accumulate<T>;
-  // In channels_last every value of a vector has its own four constants, which are read once for so many pixels: for fewer, they would
-  // be most of what passes through the first-level cache.
-  template <int V> static constexpr int kMost = 4;
   const Select& f;
   int64_t b, c;
+  static constexpr int kBatch = 4;
+  A total[kBatch][kVector<T>];
 
-  template <int V, int kCount> __device__ __forceinline__ void run(int64_t offset, int64_t step) const {
-    A total[kCount][V] = {};
-    for (int m = 0; m < f.ys.M; ++m) {
-      const int64_t i = m * f.ys.C + c;
-      Packed<V, T> y[kCount];
+  __device__ __forceinline__ int tensors() const { return f.ys.M; }
+  __device__ __forceinline__ const T* tensor(int m) const { return static_cast<const T*>(f.ys.y[m]); }
+
+  template <int V, int kCount>
+  __device__ __forceinline__ void use(int m, const Packed<V, T> (&y)[kCount], int64_t offset, int64_t step, int count) {
+    constexpr int P = kPiece<V>;
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) y[j].load(static_cast<const T*>(f.ys.y[m]) + offset + j * step);
-      const auto mean = constants<A, kWidth>(f.mean, i), scale = constants<A, kWidth>(f.scale, i), bias = constants<A, kWidth>(f.bias, i),
-                 a = constants<A, kWidth>(f.a, b * f.ys.M * f.ys.C + i);
+    for (int piece = 0; piece < V; piece += P) {
+      const int64_t channel = c + (kWidth == 1 ? 0 : piece), i = m * f.ys.C + channel;
+      const auto mean = constants<A, kWidth, P>(f.mean, i), scale = constants<A, kWidth, P>(f.scale, i),
+                 bias = constants<A, kWidth, P>(f.bias, i), a = constants<A, kWidth, P>(f.a, b * f.ys.M * f.ys.C + i);
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        A z[V], u[V], k[V] = {};
+        A z[P], u[P], k[P] = {};
 #pragma unroll
-        for (int e = 0; e < V; ++e) z[e] = (y[j][e] - mean[e]) * scale[e] + bias[e];
+        for (int e = 0; e < P; ++e) z[e] = (y[j][piece + e] - mean[e]) * scale[e] + bias[e];
         activate(f.act.kind, static_cast<A>(f.act.negative_slope), z, u, k);
 #pragma unroll
-        for (int e = 0; e < V; ++e) total[j][e] += a[e] * u[e];
+        for (int e = 0; e < P; ++e) total[j][piece + e] = (m == 0 ? A(0) : total[j][piece + e]) + a[e] * u[e];
       }
     }
+    if (m < f.ys.M - 1) return;
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) store(static_cast<T*>(f.v) + offset + j * step, total[j]);
+    for (int j = 0; j < kCount; ++j) {
+      A v[V];
+#pragma unroll
+      for (int e = 0; e < V; ++e) v[e] = total[j][e];
+      if (j < count) store(static_cast<T*>(f.v) + offset + j * step, v);
+    }
   }
 };
 
@@ -65,46 +76,49 @@ struct SelectBackward {
 // (p and q carry its two sums; both 0 if it used running statistics).
 template <class T, int kWidth> struct BackwardOfSelected {
   using A = Accumulate<T>;
-  // Of more, in half precision, registers would spill.
-  template <int V> static constexpr int kMost = kAtOnce<V>;
   const SelectBackward& f;
   int64_t b, c;
+  static constexpr int kBatch = 4;
+  Packed<kVector<T>, T> g[kBatch];
 
-  template <int V, int kCount> __device__ __forceinline__ void run(int64_t offset, int64_t step) const {
-    Packed<V, T> g[kCount];
+  __device__ __forceinline__ int tensors() const { return 1 + f.ys.M; }
+  __device__ __forceinline__ const T* tensor(int t) const { return static_cast<const T*>(t == 0 ? f.g : f.ys.y[t - 1]); }
+
+  template <int V, int kCount>
+  __device__ __forceinline__ void use(int tensor, const Packed<V, T> (&y)[kCount], int64_t offset, int64_t step, int count) {
+    constexpr int P = kPiece<V>;
+    if (tensor == 0) {
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) g[j].load(static_cast<const T*>(f.g) + offset + j * step);
-    const auto t = constants<A, kWidth>(f.t, b * f.ys.C + c);
-    for (int m = 0; m < f.ys.M; ++m) {
-      const int64_t i = m * f.ys.C + c;
-      Packed<V, T> y[kCount];
+      for (int j = 0; j < kCount; ++j) memcpy(&g[j], &y[j], sizeof(y[j]));
+      return;
+    }
+    const int m = tensor - 1;
+    Packed<V, T> dy[kCount];
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) y[j].load(static_cast<const T*>(f.ys.y[m]) + offset + j * step);
-      const auto mean = constants<A, kWidth>(f.mean, i), scale = constants<A, kWidth>(f.scale, i);
-      A dz[kCount][V];
-      {
-        const auto bias = constants<A, kWidth>(f.bias, i), a = constants<A, kWidth>(f.a, b * f.ys.M * f.ys.C + i);
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) {
-          A z[V], u[V];
-#pragma unroll
-          for (int e = 0; e < V; ++e) {
-            z[e] = (y[j][e] - mean[e]) * scale[e] + bias[e];
-            dz[j][e] = a[e] * g[j][e] + t[e];
-          }
-          activate(f.act.kind, static_cast<A>(f.act.negative_slope), z, u, dz[j]);
-        }
-      }
-      // Read when the others are done with: there are no registers for all of them.
-      const auto p = constants<A, kWidth>(f.p, i), q = constants<A, kWidth>(f.q, i);
+    for (int piece = 0; piece < V; piece += P) {
+      const int64_t channel = c + (kWidth == 1 ? 0 : piece), i = m * f.ys.C + channel;
+      const auto mean = constants<A, kWidth, P>(f.mean, i), scale = constants<A, kWidth, P>(f.scale, i),
+                 bias = constants<A, kWidth, P>(f.bias, i), a = constants<A, kWidth, P>(f.a, b * f.ys.M * f.ys.C + i),
+                 t = constants<A, kWidth, P>(f.t, b * f.ys.C + channel), p = constants<A, kWidth, P>(f.p, i),
+                 q = constants<A, kWidth, P>(f.q, i);
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        A dy[V];
+        A d[P], z[P], u[P], dz[P];
 #pragma unroll
-        for (int e = 0; e < V; ++e) dy[e] = scale[e] * dz[j][e] - p[e] - (y[j][e] - mean[e]) * q[e];
-        store(static_cast<T*>(f.dy[m]) + offset + j * step, dy);
+        for (int e = 0; e < P; ++e) {
+          d[e] = y[j][piece + e] - mean[e];
+          z[e] = d[e] * scale[e] + bias[e];
+          dz[e] = a[e] * g[j][piece + e] + t[e];
+        }
+        activate(f.act.kind, static_cast<A>(f.act.negative_slope), z, u, dz);
+#pragma unroll
+        for (int e = 0; e < P; ++e) dz[e] = scale[e] * dz[e] - p[e] - d[e] * q[e];
+        dy[j].set(piece, dz);
       }
     }
+#pragma unroll
+    for (int j = 0; j < kCount; ++j)
+      if (j < count) dy[j].store(static_cast<T*>(f.dy[m]) + offset + j * step);
   }
 };
 
@@ -114,8 +128,8 @@ __device__ __forceinline__ void every_tile(const Parameters& f) {
     const Place<kChannelsLast, V> place(f.s, f.ys, item);
     if (!place.inside) continue;
     for (int64_t b = place.b; b < place.b + place.images; ++b) {
-      const Tile<T, kChannelsLast ? V : 1> tile{f, b, place.c};
-      place.template walk<decltype(tile)::template kMost<V>>(f.s, f.ys, b, f.vectors ? static_cast<const T*>(f.ys.y[0]) : nullptr, tile);
+      Tile<T, kChannelsLast ? V : 1> tile{f, b, place.c, {}};
+      place.walk(f.s, f.ys, b, f.vectors ? static_cast<const T*>(f.ys.y[0]) : nullptr, tile);
     }
   }
 }
@@ -134,7 +148,7 @@ void select(const Branches& ys, const void* mean, const void* scale, const void*
   Select f{ys, {}, alike(v, ys.y, ys.M), act, mean, scale, bias, a, v};
   dispatch(ys, f.vectors && all_aligned(v, mean, scale, bias, a), [&]<class T, bool kChannelsLast, int V>() {
     f.s = geometry(ys, V);
-    launch<_select_kernel<T, kChannelsLast, V>>("select", ys, f.s.items(), {}, 0, queue, f);
+    launch<_select_kernel<T, kChannelsLast, V>>("select", ys, f.s.items(), {}, streamed<kChannelsLast, V>, queue, f);
   });
 }
 
@@ -144,7 +158,7 @@ void select_backward(const void* g, const Branches& ys, const void* mean, const 
   std::copy_n(dys, ys.M, f.dy);
   dispatch(ys, f.vectors && all_aligned(g, mean, scale, bias, a, t, p, q), [&]<class T, bool kChannelsLast, int V>() {
     f.s = geometry(ys, V);
-    launch<_select_backward_kernel<T, kChannelsLast, V>>("select_backward", ys, f.s.items(), {}, 0, queue, f);
+    launch<_select_backward_kernel<T, kChannelsLast, V>>("select_backward", ys, f.s.items(), {}, streamed<kChannelsLast, V>, queue, f);
   });
 }
 

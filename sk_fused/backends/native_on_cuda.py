@@ -4,6 +4,8 @@ import functools
 
 import torch
 
+import sk_fused.backends as backends
+
 
 @torch.compiler.assume_constant_result
 def why_not(device: torch.device, branches: int) -> str | None:
@@ -30,7 +32,10 @@ def _why_not_device(device: torch.device) -> str | None:
 
 def why_not_convolve(dtype: torch.dtype, inputs: int, outputs: int, groups: int, stride: int) -> str | None:
     """The reason why 3 × 3 convolutions of so many channels of a group, in and out, are left to PyTorch, or None. Those that are taken
-    are those of the eval unit; what trains takes the library's."""
+    are those of the eval unit; what trains takes the library's. Up to now the library's are faster there, too: see
+    benchmarks/results/nvidia-h200/notes.md."""
+    if backends._forced != "native":
+        return "unless it is forced, the eval unit in one launch gives way to the library's convolutions, which are faster"
     small, C = inputs == outputs and inputs in (4, 8), groups * outputs
     if dtype in (torch.float16, torch.bfloat16) and stride in (1, 2) and C % 8 == 0 and C <= 8192 and (small or inputs % 16 == outputs % 8 == 0):
         return None

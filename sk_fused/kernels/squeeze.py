@@ -239,10 +239,15 @@ def _channel_block(y: Tensor, tensors: int, programs: int) -> dict[str, int]:
     """How channels_last memory is cut, for `programs` to each block of channels, each of which reads so many tensors: one branch, or a
     gradient and all branches.
 
-    While a tile is worked on, the next ones are on their way into shared memory: more bytes than registers would hold."""
+    While a tile is worked on, the next ones are on their way into shared memory: more bytes than registers would hold. A tile is one vector
+    of a thread: of several, the compiler may lay out the sums anew in every step. In float64 it is four all the same: the longer the chain
+    of sums, the larger its error."""
     vector = channel_vector(y, max(1, tensors - 1))
     lanes = channel_lanes(y, vector, programs)
-    unroll, stages = (2, 4) if tensors == 1 else (1, 4)
+    if tensors == 1:
+        # Of a whole warp of them a register spills on sm_80.
+        lanes = min(lanes, 16)
+    unroll, stages = (1, 4) if tensors > 1 else (4, 3) if y.dtype == torch.float64 else (1, 8)
     return {"VECTOR": vector, "CHANNELS": lanes * vector, "PIXELS": THREADS // lanes, "UNROLL": unroll, "STAGES": stages}
 
 
@@ -369,19 +374,19 @@ def _statistics_channels_last_kernel(
     # The pixels of all images may need 64 bits; those of a part do not.
     start = part.to(tl.int64) * part_pixels
     count = tl.minimum(pixels - start, part_pixels).to(tl.int32)
-    y = _branch_of(ys, m) + start * vectors * VECTOR
-    values = tl.load(y + offsets, read & (tile < count), 0.0).to(A)
+    y = _branch_of(ys, m)
+    values = tl.load(y + start * vectors * VECTOR + offsets, read & (tile < count), 0.0).to(A)
     shift = tl.sum(tl.sum(values, 0), 0) / tl.minimum(count, STEP).to(A)
     total, squares = tl.zeros((PIXELS, CHANNELS), A), tl.zeros((PIXELS, CHANNELS), A)
     total, squares = _add_deviations(total, squares, values, shift[None, None, :], tile < count, 0)
     whole = count - count % STEP
     for pixel in tl.range(STEP, whole, STEP, num_stages=STAGES):
-        values = tl.load(y + pixel.to(tl.int64) * vectors * VECTOR + offsets, read, 0.0).to(A)
+        values = tl.load(y + (start + pixel) * vectors * VECTOR + offsets, read, 0.0).to(A)
         total, squares = _add_deviations(total, squares, values, shift[None, None, :], None, 0)
     # What is left, if any: only it needs a mask.
     for pixel in range(tl.maximum(whole, STEP), count, STEP):
         inside = tile < count - pixel
-        values = tl.load(y + pixel.to(tl.int64) * vectors * VECTOR + offsets, read & inside, 0.0).to(A)
+        values = tl.load(y + (start + pixel) * vectors * VECTOR + offsets, read & inside, 0.0).to(A)
         total, squares = _add_deviations(total, squares, values, shift[None, None, :], inside, 0)
     _store_part(parts, part, m * C + c, exists, M * C, shift, tl.sum(total, 0), tl.sum(squares, 0), count.to(A))
 
