@@ -419,9 +419,8 @@ def _statistics_kernel(parts, mean, var, channels, count, part_count, weight, PA
 
 
 def _parts(programs: int) -> int:
-    """Into how many parts the batch is cut for so many programs to each: enough, but so few that a GPU has them all at once, for they
-    take equally long, and a few more would take twice as long."""
-    return min(_MOST_PARTS, ceil_div(3 * ENOUGH_PROGRAMS // 2, programs))
+    """Into how many parts the batch is cut for so many programs to each: twice enough, since the last to end are waited for."""
+    return min(_MOST_PARTS, ceil_div(2 * ENOUGH_PROGRAMS, programs))
 
 
 def branch_statistics(ys) -> tuple[Tensor, Tensor]:
