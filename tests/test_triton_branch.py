@@ -14,6 +14,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton.runtime import driver
+
 from sk_fused.backends import triton
 from sk_fused.functional import ACTIVATIONS
 from sk_fused.kernels import attend, branch, select, squeeze
@@ -121,13 +123,13 @@ class Call(NamedTuple):
 
 
 # What has tiles of its own: widths of groups, in and out; batches that fill a GPU and that do not; precisions.
-DENSE, WIDE, NARROW, DEPTHWISE = (64, 64, 1), (256, 256, 1), (128, 128, 32), (64, 64, 64)
+SHALLOW, DENSE, WIDE, NARROW, DEPTHWISE = (32, 64, 1), (64, 64, 1), (256, 256, 1), (128, 128, 32), (64, 64, 64)
 CALLS = [
-    *(Call(channels, images=images) for channels in (DENSE, WIDE, NARROW, DEPTHWISE) for images in (256, 1)),
+    *(Call(channels, images=images) for channels in (SHALLOW, DENSE, WIDE, NARROW, DEPTHWISE) for images in (256, 1)),
     *(Call(*call) for call in ((WIDE, "tf32"), (NARROW, "tf32"), (NARROW, "ieee"))),
 ]
 # In every precision: all widths, also those that fill no tile; and what else changes a kernel, along each axis.
-WIDTHS = [DENSE, WIDE, NARROW, DEPTHWISE, *((C, C, 1) for C in (16, 24, 32, 48, 96, 128, 512)), (3, 64, 1), (64, 128, 1), (20, 40, 4), (7, 7, 7)]
+WIDTHS = [SHALLOW, DENSE, WIDE, NARROW, DEPTHWISE, *((C, C, 1) for C in (16, 24, 32, 48, 96, 128, 512)), (3, 64, 1), (64, 128, 1), (20, 40, 4), (7, 7, 7)]
 WIDTHS += [(32 * C, 32 * C, 32) for C in (2, 8, 16, 32, 64)]
 PRECISIONS = [("half", torch.bfloat16), ("half", torch.float16), ("tf32", torch.float32), ("ieee", torch.float32)]
 AXES = [
@@ -144,6 +146,11 @@ ALL = [
     if axis.keys() == {"images"} or channels in (DENSE, WIDE, NARROW, DEPTHWISE)
 ]
 
+def device(_: torch.device) -> branch._Device:
+    """The one that is compiled for."""
+    return branch._Device("a GPU", 132, driver.active.get_current_target().arch == 90)
+
+
 
 def launch(call: Call) -> None:
     """The package's own roads, on tensors without memory."""
@@ -155,7 +162,7 @@ def launch(call: Call) -> None:
     convolution = weights, call.stride, list(call.dilations), groups
     unit = vectors, vectors, vectors, vectors, 1e-5, None, None, None, None, None, 1e-5, None, call.activation, 0.01
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(branch, "_device", lambda device: branch._Device("a GPU", 132))
+        patch.setattr(branch, "_device", device)
         patch.setattr(branch, "_precision", lambda dtype: call.precision)
         # Their kernels have their own test.
         patch.setattr(branch, "attend", lambda pooled, *_: [pooled.new_empty(pooled.shape[0], M, pooled.shape[2])])
@@ -209,7 +216,7 @@ def first_calls(training: bool) -> None:
     fc_reduce, fc_select = d.new_empty(D, C), d.new_empty(M * C, D)
     roads = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(branch, "_device", lambda device: branch._Device("a GPU", 132))
+        patch.setattr(branch, "_device", device)
         patch.setattr(branch, "_take", lambda operator, convolution, ways, default: roads.update(ways))
         if not training:
             branch.unit(*convolution, *[vectors] * 4, 1e-5, fc_reduce, d, d, d, d, 1e-5, fc_select, *act)

@@ -32,6 +32,7 @@ CASES = {
     "6 to 10 a group, split": (48, 40, 4, (1, 4, 5), 1, (1, 2), (3, 3)),
     "depthwise": (37, 37, 37, (2, 5, 7), 1, (1, 2), (3, 3)),
     "depthwise, three each, split, stride 2": (40, 60, 20, (1, 6, 5), 2, (1, 2), (3, 3)),
+    "large maps": (8, 136, 1, (1, 23, 24), 1, (1, 2), (3, 3)),
     "1 × 1 maps": (16, 16, 4, (3, 1, 1), 1, (1, 2), (3, 3)),
     "true 5 × 5 and 7 × 7": (8, 8, 2, (1, 8, 9), 1, (1, 1, 2), (3, 5, 7)),
 }
@@ -87,11 +88,14 @@ def test_convolutions_match_pytorch(case: str, dtype: torch.dtype):
     assert_convolutions_match(operands(case, dtype)[0])
 
 
-@pytest.mark.parametrize("case", ["dense, split, stride 2", "8 a group, stride 2"])
-def test_tiles_of_128_pixels_match_pytorch(case: str, monkeypatch: pytest.MonkeyPatch):
-    """Which are chosen where there are enough of them for the device."""
-    monkeypatch.setattr(branch, "_device", lambda device: branch._Device(None, 1))
-    assert_convolutions_match(operands(case)[0])
+@pytest.mark.parametrize(
+    "case, dtype", [("dense", torch.bfloat16), ("dense, split, stride 2", torch.float32), ("8 a group, stride 2", torch.float32)], ids=str
+)
+def test_tiles_of_128_pixels_match_pytorch(case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """Which are chosen where there are enough of them for the device; in half precision they may have 128 channels, too."""
+    monkeypatch.setattr(branch, "_device", lambda device: branch._Device(None, 1, True))
+    assert_convolutions_match(operands(case, dtype)[0])
+
 
 
 @pytest.mark.parametrize("case", ["dense, split in three", "4 a group"])
@@ -153,6 +157,8 @@ def test_offsets_beyond_32_bits(per_image: bool):
         ("4 a group", torch.float32, "relu"),
         ("4 a group", torch.bfloat16, "relu"),
         ("8 a group, stride 2", torch.float32, "identity"),
+        ("large maps", torch.float32, "relu"),
+        ("large maps", torch.bfloat16, "relu"),
         ("1 × 1 maps", torch.float32, "relu"),
     ],
     ids=str,
@@ -160,6 +166,9 @@ def test_offsets_beyond_32_bits(per_image: bool):
 def test_every_road_of_the_unit_matches_reference(case: str, dtype: torch.dtype, activation: str, monkeypatch: pytest.MonkeyPatch):
     convolution, rest = operands(case, dtype, activation=activation)
     exact, theirs = reference.unit(*in_float64(convolution), *in_float64(rest)), reference.unit(*convolution, *rest)
+    if case == "large maps":
+        # Tiles of 128 pixels and channels, of which a program has several.
+        monkeypatch.setattr(branch, "_device", lambda device: branch._Device(None, 1, True))
     roads = roads_of(lambda: branch.unit(*convolution, *rest), monkeypatch)
     assert roads.keys() == {"library", "own", "own twice"}
     for name in roads:

@@ -216,7 +216,8 @@ def _branch_squeeze_kernel(
     c = pack * (PACK * OUTPUTS) + n
     is_channel = (n < PACK * OUTPUTS) & (c < C)
     tiles = tl.cdiv(segment, BLOCK_P)
-    total = tl.zeros((BLOCK_N,), tl.float32)
+    at = program // parts * (M * parts) + m * parts + program % parts
+    sums = pooled + at.to(tl.int64) * C + c
     for tile in range(program % parts, tiles, parts):
         image, images, row, column, count = _pixels(program // parts * tiles + tile, segment, OH, OW, BLOCK_P)
         acc = _convolve(
@@ -227,12 +228,13 @@ def _branch_squeeze_kernel(
         is_pixel = tl.arange(0, BLOCK_P) < count
         if ys is not None:
             tl.store(_chosen(ys, m) + _at(image, images, row, column, c, OH, OW, C), y, is_pixel[:, None] & is_channel[None, :])
-        # Anew for every tile: they would be in registers all through the convolution.
+        # From memory for every tile, also the sums: they would be in registers all through the convolution.
+        before = tl.load(sums, is_channel & (tile >= parts), 0.0)
         mean, r, scale, bias = fold((weights, biases, means, variances), eps, m, c, is_channel, tl.float32)
         u = activate((y.to(tl.float32) - mean[None, :]) * scale[None, :] + bias[None, :], negative_slope, ACTIVATION)
-        total += tl.sum(tl.where(is_pixel[:, None], u, 0.0), 0)
-    at = program // parts * (M * parts) + m * parts + program % parts
-    tl.store(pooled + at.to(tl.int64) * C + c, total, is_channel)
+        tl.store(sums, before + tl.sum(tl.where(is_pixel[:, None], u, 0.0), 0), is_channel)
+        # Another thread may read them.
+        tl.debug_barrier()
     if folded is not None:
         if program == 0:
             mean, r, scale, bias = fold((weights, biases, means, variances), eps, m, c, is_channel, tl.float32)
@@ -291,9 +293,10 @@ def _tile(inputs: int, outputs: int, groups: int, dtype: torch.dtype, pixels: in
     `pixels` by `channels`, from BLOCK_K input channels at a time, which are 128 bytes of a pixel.
 
     Products in IEEE have operands and results in registers: 64 by 64. Without matrix products a thread has 16 values, so that
-    there are enough threads to hide the reads. Copies of three steps are under way at once where there are many; they pass by
-    the L1, which is better where all steps are taps of the same channels: those read one after the other, from there.
-    """
+    there are enough threads to hide the reads.
+
+    On an H200 eight warps took longer than four whatever the tile, and copies of one step of the loop under way longer than those of
+    three; four steps are for dense convolutions that have half of the 128 bytes."""
     precision, pack = _precision(dtype), _pack(inputs, outputs, groups, dtype)
     N, K = (max(16, triton.next_power_of_2(pack * width)) for width in (outputs, inputs))
     if inputs == 1:
@@ -303,26 +306,22 @@ def _tile(inputs: int, outputs: int, groups: int, dtype: torch.dtype, pixels: in
     else:
         P, N, K = pixels, min(N, channels), min(K, 128 // dtype.itemsize)
     constants = {"PACK": pack, "BLOCK_P": P, "BLOCK_N": N, "BLOCK_K": K, "PRECISION": "ieee" if precision == "ieee" else "tf32"}
-    return {**constants, "num_warps": 8 if P == 128 else 4, "num_stages": 3 if pack * inputs > K else 1}
+    return {**constants, "num_warps": 4, "num_stages": 4 if groups == 1 and K * dtype.itemsize < 128 else 3}
 
 
 class _Device(NamedTuple):
     name: str | None
     multiprocessors: int
+    has_wgmma: bool
 
 
 @functools.cache
 def _device(device: torch.device) -> _Device:
     """Where kernels are interpreted there is none to measure."""
     if device.type != "cuda":
-        return _Device(None, 8)
+        return _Device(None, 8, False)
     properties = torch.cuda.get_device_properties(device)
-    return _Device(properties.name, properties.multi_processor_count)
-
-
-# At most so many pixels by channels are in a tile: in training, and in eval, when also the numbers of the batch-norm, a sum of
-# pixels or one of branches are in registers.
-_TRAINING, _EVAL = (128, 128), (128, 64)
+    return _Device(properties.name, properties.multi_processor_count, properties.major == 9)
 
 
 class _Launch(NamedTuple):
@@ -335,16 +334,21 @@ class _Launch(NamedTuple):
 
 
 def _launch(
-    x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int, y: Tensor, segment: int, branches: int, most: tuple[int, int]
+    x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int, y: Tensor, segment: int, branches: int, most: int
 ) -> _Launch:
-    """For x and what it gives, of the shape of y; `branches` are made by programs of their own. Tiles are at most so many pixels by
-    channels; they are of 64 pixels, what a wgmma takes, where a segment has no more, or there would not be one for every multiprocessor."""
+    """For x and what it gives, of the shape of y; `branches` are made by programs of their own.
+
+    Tiles are of at most `most` pixels: of 64, what a wgmma takes, where a segment has no more, or there would not be one for every
+    multiprocessor. Of channels they have at most 64, or as many as pixels where that does not spill: in half precision, by wgmma, of
+    up to three branches."""
     (B, channels, H, W), (_, C, OH, OW), inputs = x.shape, y.shape, weights[0].shape[1]
-    for pixels in sorted({most[0], 64}, reverse=True):
-        tile = _tile(inputs, C // groups, groups, x.dtype, pixels, most[1])
+    device = _device(x.device)
+    for pixels in sorted({most, 64}, reverse=True):
+        widest = pixels if device.has_wgmma and _precision(x.dtype) == "half" and branches <= 3 else 64
+        tile = _tile(inputs, C // groups, groups, x.dtype, pixels, widest)
         tiles = triton.cdiv(segment, tile["BLOCK_P"])
         programs = triton.cdiv(groups, tile["PACK"]) * triton.cdiv(tile["PACK"] * (C // groups), tile["BLOCK_N"]) * branches
-        if segment > 64 and B * OH * OW // segment * tiles * programs >= _device(x.device).multiprocessors:
+        if segment > 64 and B * OH * OW // segment * tiles * programs >= device.multiprocessors:
             break
     constants = {
         "KERNELS": tuple(weight.shape[2] for weight in weights),
@@ -364,7 +368,7 @@ def _squeeze_launch(
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """The pooled sums; if they are to be stored, the branches, and mean, scale and bias of the batch-norms."""
     M, (B, C, OH, OW) = len(weights), y.shape
-    launch = _launch(x, weights, stride, dilations, groups, y, OH * OW, M, _EVAL)
+    launch = _launch(x, weights, stride, dilations, groups, y, OH * OW, M, 128)
     # Few, for attend reads them again and again; but enough programs.
     parts = min(launch.tiles, max(4, triton.cdiv(_device(x.device).multiprocessors, B * launch.programs)))
     pooled = x.new_empty((B, M * parts, C), dtype=torch.float32)
@@ -423,7 +427,7 @@ def _branch_own(x, weights, stride: int, dilations, groups: int) -> tuple[list[T
     M, weights = len(weights), _by_taps(weights)
     ys = [empty_branch(x, weights, stride) for _ in weights]
     C, pixels = ys[0].shape[1], ys[0].numel() // ys[0].shape[1]
-    launch = _launch(x, weights, stride, dilations, groups, ys[0], pixels, M, _TRAINING)
+    launch = _launch(x, weights, stride, dilations, groups, ys[0], pixels, M, 128)
     partials = x.new_empty((2, M, C, launch.tiles), dtype=torch.float32)
     mean, var = (x.new_empty((M, C), dtype=torch.float32) for _ in range(2))
     _branch_kernel[(launch.programs * launch.tiles,)](x, weights, tuple(ys), partials, *launch.sizes, **launch.constants)
@@ -482,7 +486,8 @@ def _unit_own_twice(x, v, weights, stride: int, dilations, groups: int, norms, a
     act, (B, _, OH, OW) = (negative_slope, activation), v.shape
     pooled, _, _ = _squeeze_launch(x, weights, stride, dilations, groups, v, norms, act, store=False)
     a = attend(pooled, OH * OW, *attention)[0]
-    launch = _launch(x, weights, stride, dilations, groups, v, OH * OW, 1, _EVAL)
+    # 64 pixels: the sum of the branches is in registers beside the branch.
+    launch = _launch(x, weights, stride, dilations, groups, v, OH * OW, 1, 64)
     _branch_select_kernel[(launch.programs * B * launch.tiles,)](x, weights, v, a, *norms, *launch.sizes, *act, **launch.constants)
     return v
 
