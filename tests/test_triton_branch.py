@@ -84,23 +84,22 @@ def test_case_of_a_call_tells_what_changes_the_times():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", ["dense", "4 a group", "depthwise", "true 5 × 5 and 7 × 7"])
-def test_which_road_is_taken_where_nothing_is_measured(case: str, layout: str, monkeypatch: pytest.MonkeyPatch):
-    defaults = {}
+def test_road_is_the_librarys_where_nothing_is_measured(layout: str, monkeypatch: pytest.MonkeyPatch):
+    offered = {}
 
-    def take(operator, convolution, roads, default):
-        assert default in roads
-        defaults[operator] = default
+    def choose(case: str, roads, default: str, device: str | None) -> str:
+        offered[case.partition(",")[0]] = {*roads}, default
+        return default
 
-    monkeypatch.setattr(branch, "_take", take)
-    convolution, rest = operands(case, layout=layout)
+    monkeypatch.setattr(branch.choice, "choose", choose)
+    for library in ("_branch_library", "_unit_library"):
+        monkeypatch.setattr(branch, library, lambda *_: None)
+    convolution, rest = operands("4 a group", layout=layout)
     branch.branch(*convolution)
     branch.unit(*convolution, *rest)
-    expected = {"branch": "library", "unit": "library"}
-    if case != "dense" and layout == "channels_last":
-        # To convolve 7 × 7 again would take longer than to write and read the branches.
-        expected = {"branch": "own", "unit": "own" if "7 × 7" in case else "own twice"}
-    assert defaults == expected
+    own = {"own"} if layout == "channels_last" else set()
+    twice = {"own twice"} if layout == "channels_last" else set()
+    assert offered == {"branch": ({"library"} | own, "library"), "unit": ({"library"} | own | twice, "library")}
 
 
 class Call(NamedTuple):
@@ -146,10 +145,10 @@ ALL = [
     if axis.keys() == {"images"} or channels in (DENSE, WIDE, NARROW, DEPTHWISE)
 ]
 
+
 def device(_: torch.device) -> branch._Device:
     """The one that is compiled for."""
     return branch._Device("a GPU", 132, driver.active.get_current_target().arch == 90)
-
 
 
 def launch(call: Call) -> None:
@@ -168,7 +167,7 @@ def launch(call: Call) -> None:
         patch.setattr(branch, "attend", lambda pooled, *_: [pooled.new_empty(pooled.shape[0], M, pooled.shape[2])])
         patch.setattr(branch, "select", lambda *_: None)
         roads = {}
-        patch.setattr(branch, "_take", lambda operator, convolution, ways, default: roads.update({f"{operator}, {way}": ways[way] for way in ways}))
+        patch.setattr(branch, "_take", lambda operator, convolution, ways: roads.update({f"{operator}, {way}": ways[way] for way in ways}))
         branch.branch(x, *convolution)
         branch.unit(x, *convolution, *unit)
         for road in ("branch, own", "unit, own", "unit, own twice"):
@@ -217,7 +216,7 @@ def first_calls(training: bool) -> None:
     roads = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(branch, "_device", device)
-        patch.setattr(branch, "_take", lambda operator, convolution, ways, default: roads.update(ways))
+        patch.setattr(branch, "_take", lambda operator, convolution, ways: roads.update(ways))
         if not training:
             branch.unit(*convolution, *[vectors] * 4, 1e-5, fc_reduce, d, d, d, d, 1e-5, fc_select, *act)
         else:

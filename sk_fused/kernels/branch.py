@@ -399,12 +399,13 @@ def branch(x, weights, stride: int, dilations, groups: int) -> tuple[list[Tensor
     roads = {"library": lambda: _branch_library(*convolution)}
     if is_channels_last(x):
         roads["own"] = lambda: _branch_own(*convolution)
-    return _take("branch", convolution, roads, "own" if groups > 1 and "own" in roads else "library")
+    return _take("branch", convolution, roads)
 
 
-def _take(operator: str, convolution: tuple, roads: Mapping[str, Callable[[], T]], default: str) -> T:
-    """The result of the road that is chosen."""
-    return roads[choice.choose(_case(operator, *convolution), roads, default, _device(convolution[0].device).name)]()
+def _take(operator: str, convolution: tuple, roads: Mapping[str, Callable[[], T]]) -> T:
+    """The result of the road that is chosen. It is the library's where nothing is known and nothing may be measured: on an H200 every
+    unit took least that way."""
+    return roads[choice.choose(_case(operator, *convolution), roads, "library", _device(convolution[0].device).name)]()
 
 
 def _case(operator: str, x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int) -> str:
@@ -464,8 +465,7 @@ def unit(
     if is_channels_last(x):
         roads["own"] = lambda: _unit_own(x, v, _by_taps(weights), *rest)
         roads["own twice"] = lambda: _unit_own_twice(x, v, _by_taps(weights), *rest)
-    own = "own twice" if _twice_is_less(x.dtype, weights, groups) else "own"
-    return _take("unit", convolution, roads, own if groups > 1 and own in roads else "library")
+    return _take("unit", convolution, roads)
 
 
 def _unit_library(x, v, weights, stride: int, dilations, groups: int, norms, attention, activation: str, negative_slope: float) -> Tensor:
@@ -490,16 +490,3 @@ def _unit_own_twice(x, v, weights, stride: int, dilations, groups: int, norms, a
     launch = _launch(x, weights, stride, dilations, groups, v, OH * OW, 1, 64)
     _branch_select_kernel[(launch.programs * B * launch.tiles,)](x, weights, v, a, *norms, *launch.sizes, *act, **launch.constants)
     return v
-
-
-# What the first GPU with these instructions (sm_80) does while a byte comes from its memory, by its data sheet, at most.
-_FLOPS_A_BYTE = {"half": 150, "tf32": 75, "ieee": 10}
-
-
-def _twice_is_less(dtype: torch.dtype, weights: Sequence[Tensor], groups: int) -> bool:
-    """Whether to convolve again takes less time than to write and read the results: 2·k² flops for each input channel that a
-    value is made from, zeros between packed groups included, against twice the bytes of a value."""
-    inputs, outputs = weights[0].shape[1], weights[0].shape[0] // groups
-    width, speed = (1, "ieee") if inputs == 1 else (_pack(inputs, outputs, groups, dtype) * inputs, _precision(dtype))
-    flops = 2 * max(weight.shape[2] ** 2 for weight in weights) * width
-    return flops <= 2 * dtype.itemsize * _FLOPS_A_BYTE[speed]
