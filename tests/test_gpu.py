@@ -193,7 +193,7 @@ def test_convolutions_match_pytorch(backend: ModuleType, case: str, dtype: torch
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "ieee", "tf32"])
-@pytest.mark.parametrize("case", ["dense, split, stride 2", "4 a group", "depthwise", "true 5 × 5 and 7 × 7"])
+@pytest.mark.parametrize("case", ["dense, split, stride 2", "4 a group", "depthwise", "large maps", "true 5 × 5 and 7 × 7"])
 def test_every_road_of_triton(case: str, precision: str, monkeypatch: pytest.MonkeyPatch):
     """Also those that were not measured to be the fastest."""
     from sk_fused.kernels import branch
@@ -204,9 +204,10 @@ def test_every_road_of_triton(case: str, precision: str, monkeypatch: pytest.Mon
     convolution, rest = to_gpu(operands(case, getattr(torch, precision, torch.float32)))
     if precision == "tf32":
         convolution = in_tf32(convolution[0]), [in_tf32(weight) for weight in convolution[1]], *convolution[2:]
+    # Of one multiprocessor: its tiles are as large as they get, and a program has several.
+    device = branch._device(convolution[0].device)._replace(multiprocessors=1)
+    monkeypatch.setattr(branch, "_device", lambda _: device)
     assert_convolutions_match(convolution)
-    # Rounds of an image.
-    monkeypatch.setattr(branch, "_device", lambda device: branch._Device("for a test", 132, 1))
     theirs, exact = reference.unit(*convolution, *rest), reference.unit(*in_float64(convolution), *in_float64(rest))
     for name in roads_of(lambda: branch.unit(*convolution, *rest), monkeypatch):
         # Each into new memory, which is NaN.

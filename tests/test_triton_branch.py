@@ -14,6 +14,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton.runtime import driver
+
 from sk_fused.backends import triton
 from sk_fused.functional import ACTIVATIONS
 from sk_fused.kernels import attend, branch, select, squeeze
@@ -82,23 +84,22 @@ def test_case_of_a_call_tells_what_changes_the_times():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", ["dense", "4 a group", "depthwise", "true 5 × 5 and 7 × 7"])
-def test_which_road_is_taken_where_nothing_is_measured(case: str, layout: str, monkeypatch: pytest.MonkeyPatch):
-    defaults = {}
+def test_road_is_the_librarys_where_nothing_is_measured(layout: str, monkeypatch: pytest.MonkeyPatch):
+    offered = {}
 
-    def take(operator, convolution, roads, default):
-        assert default in roads
-        defaults[operator] = default
+    def choose(case: str, roads, default: str, device: str | None) -> str:
+        offered[case.partition(",")[0]] = {*roads}, default
+        return default
 
-    monkeypatch.setattr(branch, "_take", take)
-    convolution, rest = operands(case, layout=layout)
+    monkeypatch.setattr(branch.choice, "choose", choose)
+    for library in ("_branch_library", "_unit_library"):
+        monkeypatch.setattr(branch, library, lambda *_: None)
+    convolution, rest = operands("4 a group", layout=layout)
     branch.branch(*convolution)
     branch.unit(*convolution, *rest)
-    expected = {"branch": "library", "unit": "library"}
-    if case != "dense" and layout == "channels_last":
-        # To convolve 7 × 7 again would take longer than to write and read the branches.
-        expected = {"branch": "own", "unit": "own by rounds" if "7 × 7" in case else "own twice"}
-    assert defaults == expected
+    own = {"own"} if layout == "channels_last" else set()
+    twice = {"own twice"} if layout == "channels_last" else set()
+    assert offered == {"branch": ({"library"} | own, "library"), "unit": ({"library"} | own | twice, "library")}
 
 
 class Call(NamedTuple):
@@ -121,13 +122,13 @@ class Call(NamedTuple):
 
 
 # What has tiles of its own: widths of groups, in and out; batches that fill a GPU and that do not; precisions.
-DENSE, WIDE, NARROW, DEPTHWISE = (64, 64, 1), (256, 256, 1), (128, 128, 32), (64, 64, 64)
+SHALLOW, DENSE, WIDE, NARROW, DEPTHWISE = (32, 64, 1), (64, 64, 1), (256, 256, 1), (128, 128, 32), (64, 64, 64)
 CALLS = [
-    *(Call(channels, images=images) for channels in (DENSE, WIDE, NARROW, DEPTHWISE) for images in (256, 1)),
+    *(Call(channels, images=images) for channels in (SHALLOW, DENSE, WIDE, NARROW, DEPTHWISE) for images in (256, 1)),
     *(Call(*call) for call in ((WIDE, "tf32"), (NARROW, "tf32"), (NARROW, "ieee"))),
 ]
 # In every precision: all widths, also those that fill no tile; and what else changes a kernel, along each axis.
-WIDTHS = [DENSE, WIDE, NARROW, DEPTHWISE, *((C, C, 1) for C in (16, 24, 32, 48, 96, 128, 512)), (3, 64, 1), (64, 128, 1), (20, 40, 4), (7, 7, 7)]
+WIDTHS = [SHALLOW, DENSE, WIDE, NARROW, DEPTHWISE, *((C, C, 1) for C in (16, 24, 32, 48, 96, 128, 512)), (3, 64, 1), (64, 128, 1), (20, 40, 4), (7, 7, 7)]
 WIDTHS += [(32 * C, 32 * C, 32) for C in (2, 8, 16, 32, 64)]
 PRECISIONS = [("half", torch.bfloat16), ("half", torch.float16), ("tf32", torch.float32), ("ieee", torch.float32)]
 AXES = [
@@ -145,6 +146,11 @@ ALL = [
 ]
 
 
+def device(_: torch.device) -> branch._Device:
+    """The one that is compiled for."""
+    return branch._Device("a GPU", 132, driver.active.get_current_target().arch == 90)
+
+
 def launch(call: Call) -> None:
     """The package's own roads, on tensors without memory."""
     inputs, C, groups = call.channels
@@ -155,16 +161,16 @@ def launch(call: Call) -> None:
     convolution = weights, call.stride, list(call.dilations), groups
     unit = vectors, vectors, vectors, vectors, 1e-5, None, None, None, None, None, 1e-5, None, call.activation, 0.01
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(branch, "_device", lambda device: branch._Device("a GPU", 132, 1 << 20))
+        patch.setattr(branch, "_device", device)
         patch.setattr(branch, "_precision", lambda dtype: call.precision)
         # Their kernels have their own test.
         patch.setattr(branch, "attend", lambda pooled, *_: [pooled.new_empty(pooled.shape[0], M, pooled.shape[2])])
         patch.setattr(branch, "select", lambda *_: None)
         roads = {}
-        patch.setattr(branch, "_take", lambda operator, convolution, ways, default: roads.update(ways))
+        patch.setattr(branch, "_take", lambda operator, convolution, ways: roads.update({f"{operator}, {way}": ways[way] for way in ways}))
         branch.branch(x, *convolution)
         branch.unit(x, *convolution, *unit)
-        for road in ("own", "own by rounds", "own twice"):
+        for road in ("branch, own", "unit, own", "unit, own twice"):
             roads[road]()
 
 
@@ -209,8 +215,8 @@ def first_calls(training: bool) -> None:
     fc_reduce, fc_select = d.new_empty(D, C), d.new_empty(M * C, D)
     roads = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(branch, "_device", lambda device: branch._Device("a GPU", 132, 50 << 20))
-        patch.setattr(branch, "_take", lambda operator, convolution, ways, default: roads.update(ways))
+        patch.setattr(branch, "_device", device)
+        patch.setattr(branch, "_take", lambda operator, convolution, ways: roads.update(ways))
         if not training:
             branch.unit(*convolution, *[vectors] * 4, 1e-5, fc_reduce, d, d, d, d, 1e-5, fc_select, *act)
         else:
@@ -228,7 +234,7 @@ def first_calls(training: bool) -> None:
     select.select_backward(v, ys, mean, scale, bias, a, t, p, q, *act)
 
 
-@pytest.mark.parametrize(("training", "most"), [(False, 7), (True, 13)], ids=["eval", "training"])
+@pytest.mark.parametrize(("training", "most"), [(False, 6), (True, 13)], ids=["eval", "training"])
 def test_first_call_takes_seconds(training: bool, most: int, tmp_path, monkeypatch: pytest.MonkeyPatch):
     """By what it compiles, one kernel after the other; the time is printed."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

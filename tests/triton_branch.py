@@ -32,6 +32,7 @@ CASES = {
     "6 to 10 a group, split": (48, 40, 4, (1, 4, 5), 1, (1, 2), (3, 3)),
     "depthwise": (37, 37, 37, (2, 5, 7), 1, (1, 2), (3, 3)),
     "depthwise, three each, split, stride 2": (40, 60, 20, (1, 6, 5), 2, (1, 2), (3, 3)),
+    "large maps": (8, 136, 1, (1, 23, 24), 1, (1, 2), (3, 3)),
     "1 × 1 maps": (16, 16, 4, (3, 1, 1), 1, (1, 2), (3, 3)),
     "true 5 × 5 and 7 × 7": (8, 8, 2, (1, 8, 9), 1, (1, 1, 2), (3, 5, 7)),
 }
@@ -62,7 +63,7 @@ def exact_branches(x: Tensor, weights: list[Tensor], stride: int, dilations: lis
 def roads_of(call: Callable, monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable]:
     """The roads that a call may take, by name."""
     roads = {}
-    monkeypatch.setattr(branch, "_take", lambda operator, convolution, ways, default: roads.update(ways))
+    monkeypatch.setattr(branch, "_take", lambda operator, convolution, ways: roads.update(ways))
     call()
     return roads
 
@@ -87,11 +88,14 @@ def test_convolutions_match_pytorch(case: str, dtype: torch.dtype):
     assert_convolutions_match(operands(case, dtype)[0])
 
 
-@pytest.mark.parametrize("case", ["dense, split, stride 2", "8 a group, stride 2"])
-def test_tiles_of_128_pixels_match_pytorch(case: str, monkeypatch: pytest.MonkeyPatch):
-    """Which are chosen where there are enough of them for the device."""
-    monkeypatch.setattr(branch, "_device", lambda device: branch._Device(None, 1, 1 << 16))
-    assert_convolutions_match(operands(case)[0])
+@pytest.mark.parametrize(
+    "case, dtype", [("dense", torch.bfloat16), ("dense, split, stride 2", torch.float32), ("8 a group, stride 2", torch.float32)], ids=str
+)
+def test_tiles_of_128_pixels_match_pytorch(case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """Which are chosen where there are enough of them for the device; in half precision they may have 128 channels, too."""
+    monkeypatch.setattr(branch, "_device", lambda device: branch._Device(None, 1, True))
+    assert_convolutions_match(operands(case, dtype)[0])
+
 
 
 @pytest.mark.parametrize("case", ["dense, split in three", "4 a group"])
@@ -153,17 +157,20 @@ def test_offsets_beyond_32_bits(per_image: bool):
         ("4 a group", torch.float32, "relu"),
         ("4 a group", torch.bfloat16, "relu"),
         ("8 a group, stride 2", torch.float32, "identity"),
+        ("large maps", torch.float32, "relu"),
+        ("large maps", torch.bfloat16, "relu"),
         ("1 × 1 maps", torch.float32, "relu"),
     ],
     ids=str,
 )
 def test_every_road_of_the_unit_matches_reference(case: str, dtype: torch.dtype, activation: str, monkeypatch: pytest.MonkeyPatch):
     convolution, rest = operands(case, dtype, activation=activation)
-    # A round of one image.
-    monkeypatch.setattr(branch, "_device", lambda device: branch._Device(None, 8, 1))
     exact, theirs = reference.unit(*in_float64(convolution), *in_float64(rest)), reference.unit(*convolution, *rest)
+    if case == "large maps":
+        # Tiles of 128 pixels and channels, of which a program has several.
+        monkeypatch.setattr(branch, "_device", lambda device: branch._Device(None, 1, True))
     roads = roads_of(lambda: branch.unit(*convolution, *rest), monkeypatch)
-    assert roads.keys() == {"library", "own by rounds", "own twice"}
+    assert roads.keys() == {"library", "own", "own twice"}
     for name in roads:
         # Each into new memory, which is NaN.
         v = roads_of(lambda: branch.unit(*convolution, *rest), monkeypatch)[name]()
@@ -176,21 +183,8 @@ def test_norms_without_weights_and_in_other_dtypes(monkeypatch: pytest.MonkeyPat
     rest = [weights[0].double(), None], [None, biases[1].half()], [means[0].bfloat16(), means[1]], variances, *rest
     exact, theirs = reference.unit(*in_float64(convolution), *in_float64(rest)), reference.unit(*convolution, *rest)
     roads = roads_of(lambda: branch.unit(*convolution, *rest), monkeypatch)
-    for name in ("own by rounds", "own twice"):
+    for name in ("own", "own twice"):
         parity.assert_within(name, roads[name](), theirs, exact)
-
-
-def test_rounds_of_several_images_of_which_the_last_are_fewer(monkeypatch: pytest.MonkeyPatch):
-    (x, *convolution), rest = operands("1 × 1 maps")
-    x = torch.cat([x, x + 1]).to(memory_format=torch.channels_last)[:5]
-    monkeypatch.setattr(branch, "_device", lambda device: branch._Device(None, 8, 2 * 2 * (2 * 16 * 4)))
-    sizes = []
-    one_round = branch._own_round
-    monkeypatch.setattr(branch, "_own_round", lambda x, *arguments: (sizes.append(x.shape[0]), one_round(x, *arguments)))
-    v = roads_of(lambda: branch.unit(x, *convolution, *rest), monkeypatch)["own by rounds"]()
-    assert sizes == [2, 2, 1]
-    exact = reference.unit(*in_float64((x, *convolution)), *in_float64(rest))
-    parity.assert_within("v", v, reference.unit(x, *convolution, *rest), exact)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -220,6 +214,21 @@ def test_runs_agree_to_the_bit(monkeypatch: pytest.MonkeyPatch):
         assert torch.equal(road().clone(), road()), name
 
 
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Where there are convolutions of our own they are taken, in eval twice. Gives the roads taken so far."""
+    taken = set()
+
+    def choose(case: str, roads, *_) -> str:
+        *_, road = roads
+        taken.add(road)
+        return road
+
+    monkeypatch.setattr(branch.choice, "choose", choose)
+    return taken
+
+
+@pytest.mark.usefixtures("own")
 def test_nan_reaches_the_outputs_that_it_should_and_no_other():
     (x, *convolution), rest = operands("4 a group")
     x[1, 3, 4, 5] = float("nan")
@@ -248,10 +257,8 @@ UNITS = {
 @pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", UNITS)
-def test_unit_matches_timm(case: str, layout: str, monkeypatch: pytest.MonkeyPatch):
-    """In training, and in eval with and without gradients; by the package's own convolutions where they are the default."""
-    roads, choose = set(), branch.choice.choose
-    monkeypatch.setattr(branch.choice, "choose", lambda *arguments: roads.add(choose(*arguments)) or choose(*arguments))
+def test_unit_matches_timm(case: str, layout: str, own: set[str]):
+    """In training, and in eval with and without gradients."""
     shape = (3, UNITS[case]["in_channels"], 5, 4)
     for training in (True, False):
         ours, theirs = (unit.train(training) for unit in parity.pair(layout=layout, **UNITS[case]))
@@ -261,16 +268,17 @@ def test_unit_matches_timm(case: str, layout: str, monkeypatch: pytest.MonkeyPat
         v, timm_v = ours(x), theirs(x)
         parity.assert_within("eval without gradients", v, timm_v, theirs.double()(x.double()))
     assert v.is_contiguous(memory_format=LAYOUTS[layout])
-    assert roads == ({"own", "own twice"} if case != "split" and layout == "channels_last" else {"library"})
+    assert own == ({"own", "own twice"} if layout == "channels_last" else {"library"})
 
 
-@pytest.mark.usefixtures("forced")
+@pytest.mark.usefixtures("forced", "own")
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_unit_in_half_precision_matches_timm(dtype: torch.dtype):
     arguments = UNITS["4 a group, stride 2"]
     parity.assert_parity(*parity.pair(dtype, "channels_last", **arguments), parity.batches(1, (3, 16, 7, 6), dtype, "channels_last"))
 
 
+@pytest.mark.usefixtures("own")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(layout: str):
     (x, *convolution), rest = operands("32 a group, stride 2", layout=layout)

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..backends.reference import convolutions, convolutions_backward, empty_branch, layout_of
 from . import choice
 from .attend import attend
-from .common import activate, dense, is_channels_last
+from .common import activate, dense, fold, is_channels_last
 from .select import select, select_backward
 from .squeeze import branch_statistics, squeeze
 
@@ -199,23 +199,6 @@ def _moments_kernel(partials, mean, var, tiles, pixels, BLOCK_P: tl.constexpr, B
     tl.store(var + channel, tl.sum(spread, 0) / pixels)
 
 
-@triton.jit
-def _fold(weights, biases, means, variances, eps, m, c, is_channel):
-    """mean, scale = weight/√(var + eps) and bias of the channels c of branch m."""
-    mean, scale, bias = tl.zeros_like(c).to(tl.float32), tl.zeros_like(c).to(tl.float32), tl.zeros_like(c).to(tl.float32)
-    # The vectors of the branches may differ in dtype.
-    for i in tl.static_range(len(means)):
-        ours = is_channel & (m == i)
-        gain = tl.rsqrt(tl.load(variances[i] + c, ours, 1.0).to(tl.float32) + eps)
-        if weights[i] is not None:
-            gain *= tl.load(weights[i] + c, ours, 0.0).to(tl.float32)
-        mean += tl.load(means[i] + c, ours, 0.0).to(tl.float32)
-        scale = tl.where(m == i, gain, scale)
-        if biases[i] is not None:
-            bias += tl.load(biases[i] + c, ours, 0.0).to(tl.float32)
-    return mean, scale, bias
-
-
 @triton.jit(do_not_specialize=(*_SIZES, "parts"))
 def _branch_squeeze_kernel(
     x, ws, ys, pooled, folded, weights, biases, means, variances, eps, parts, segment, H, W, OH, OW,
@@ -233,7 +216,8 @@ def _branch_squeeze_kernel(
     c = pack * (PACK * OUTPUTS) + n
     is_channel = (n < PACK * OUTPUTS) & (c < C)
     tiles = tl.cdiv(segment, BLOCK_P)
-    total = tl.zeros((BLOCK_N,), tl.float32)
+    at = program // parts * (M * parts) + m * parts + program % parts
+    sums = pooled + at.to(tl.int64) * C + c
     for tile in range(program % parts, tiles, parts):
         image, images, row, column, count = _pixels(program // parts * tiles + tile, segment, OH, OW, BLOCK_P)
         acc = _convolve(
@@ -244,15 +228,16 @@ def _branch_squeeze_kernel(
         is_pixel = tl.arange(0, BLOCK_P) < count
         if ys is not None:
             tl.store(_chosen(ys, m) + _at(image, images, row, column, c, OH, OW, C), y, is_pixel[:, None] & is_channel[None, :])
-        # Anew for every tile: they would be in registers all through the convolution.
-        mean, scale, bias = _fold(weights, biases, means, variances, eps, m, c, is_channel)
+        # From memory for every tile, also the sums: they would be in registers all through the convolution.
+        before = tl.load(sums, is_channel & (tile >= parts), 0.0)
+        mean, r, scale, bias = fold((weights, biases, means, variances), eps, m, c, is_channel, tl.float32)
         u = activate((y.to(tl.float32) - mean[None, :]) * scale[None, :] + bias[None, :], negative_slope, ACTIVATION)
-        total += tl.sum(tl.where(is_pixel[:, None], u, 0.0), 0)
-    at = program // parts * (M * parts) + m * parts + program % parts
-    tl.store(pooled + at.to(tl.int64) * C + c, total, is_channel)
+        tl.store(sums, before + tl.sum(tl.where(is_pixel[:, None], u, 0.0), 0), is_channel)
+        # Another thread may read them.
+        tl.debug_barrier()
     if folded is not None:
         if program == 0:
-            mean, scale, bias = _fold(weights, biases, means, variances, eps, m, c, is_channel)
+            mean, r, scale, bias = fold((weights, biases, means, variances), eps, m, c, is_channel, tl.float32)
             tl.store(folded + m * C + c, mean, is_channel)
             tl.store(folded + (M + m) * C + c, scale, is_channel)
             tl.store(folded + (2 * M + m) * C + c, bias, is_channel)
@@ -280,7 +265,7 @@ def _branch_select_kernel(
             STRIDE, SPLIT, GROUPS, INPUTS, OUTPUTS, PACK, BLOCK_P, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
         y = acc.to(x.dtype.element_ty).to(tl.float32)
-        mean, scale, bias = _fold(weights, biases, means, variances, eps, m, c, is_channel)
+        mean, r, scale, bias = fold((weights, biases, means, variances), eps, m, c, is_channel, tl.float32)
         weight = tl.load(a + (image * M + m) * C + c, is_channel, 0.0)
         total += weight[None, :] * activate((y - mean[None, :]) * scale[None, :] + bias[None, :], negative_slope, ACTIVATION)
     is_pixel = tl.arange(0, BLOCK_P) < count
@@ -308,9 +293,10 @@ def _tile(inputs: int, outputs: int, groups: int, dtype: torch.dtype, pixels: in
     `pixels` by `channels`, from BLOCK_K input channels at a time, which are 128 bytes of a pixel.
 
     Products in IEEE have operands and results in registers: 64 by 64. Without matrix products a thread has 16 values, so that
-    there are enough threads to hide the reads. Copies of three steps are under way at once where there are many; they pass by
-    the L1, which is better where all steps are taps of the same channels: those read one after the other, from there.
-    """
+    there are enough threads to hide the reads.
+
+    On an H200 eight warps took longer than four whatever the tile, and copies of one step of the loop under way longer than those of
+    three; four steps are for dense convolutions that have half of the 128 bytes."""
     precision, pack = _precision(dtype), _pack(inputs, outputs, groups, dtype)
     N, K = (max(16, triton.next_power_of_2(pack * width)) for width in (outputs, inputs))
     if inputs == 1:
@@ -320,27 +306,22 @@ def _tile(inputs: int, outputs: int, groups: int, dtype: torch.dtype, pixels: in
     else:
         P, N, K = pixels, min(N, channels), min(K, 128 // dtype.itemsize)
     constants = {"PACK": pack, "BLOCK_P": P, "BLOCK_N": N, "BLOCK_K": K, "PRECISION": "ieee" if precision == "ieee" else "tf32"}
-    return {**constants, "num_warps": 8 if P * N == 128 * 128 else 4, "num_stages": 3 if pack * inputs > K else 1}
+    return {**constants, "num_warps": 4, "num_stages": 4 if groups == 1 and K * dtype.itemsize < 128 else 3}
 
 
 class _Device(NamedTuple):
     name: str | None
     multiprocessors: int
-    l2_bytes: int
+    has_wgmma: bool
 
 
 @functools.cache
 def _device(device: torch.device) -> _Device:
     """Where kernels are interpreted there is none to measure."""
     if device.type != "cuda":
-        return _Device(None, 8, 1 << 16)
+        return _Device(None, 8, False)
     properties = torch.cuda.get_device_properties(device)
-    return _Device(properties.name, properties.multi_processor_count, properties.L2_cache_size)
-
-
-# At most so many pixels by channels are in a tile: in training, and in eval, when also the numbers of the batch-norm, a sum of
-# pixels or one of branches are in registers.
-_TRAINING, _EVAL = (128, 128), (64, 64)
+    return _Device(properties.name, properties.multi_processor_count, properties.major == 9)
 
 
 class _Launch(NamedTuple):
@@ -353,16 +334,21 @@ class _Launch(NamedTuple):
 
 
 def _launch(
-    x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int, y: Tensor, segment: int, branches: int, most: tuple[int, int]
+    x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int, y: Tensor, segment: int, branches: int, most: int
 ) -> _Launch:
-    """For x and what it gives, of the shape of y; `branches` are made by programs of their own. Tiles are at most so many pixels by
-    channels; they are of 64 pixels, what a wgmma takes, where there would not be one for every multiprocessor."""
+    """For x and what it gives, of the shape of y; `branches` are made by programs of their own.
+
+    Tiles are of at most `most` pixels: of 64, what a wgmma takes, where a segment has no more, or there would not be one for every
+    multiprocessor. Of channels they have at most 64, or as many as pixels where that does not spill: in half precision, by wgmma, of
+    up to three branches."""
     (B, channels, H, W), (_, C, OH, OW), inputs = x.shape, y.shape, weights[0].shape[1]
-    for pixels in sorted({most[0], 64}, reverse=True):
-        tile = _tile(inputs, C // groups, groups, x.dtype, pixels, most[1])
+    device = _device(x.device)
+    for pixels in sorted({most, 64}, reverse=True):
+        widest = pixels if device.has_wgmma and _precision(x.dtype) == "half" and branches <= 3 else 64
+        tile = _tile(inputs, C // groups, groups, x.dtype, pixels, widest)
         tiles = triton.cdiv(segment, tile["BLOCK_P"])
         programs = triton.cdiv(groups, tile["PACK"]) * triton.cdiv(tile["PACK"] * (C // groups), tile["BLOCK_N"]) * branches
-        if B * OH * OW // segment * tiles * programs >= _device(x.device).multiprocessors:
+        if segment > 64 and B * OH * OW // segment * tiles * programs >= device.multiprocessors:
             break
     constants = {
         "KERNELS": tuple(weight.shape[2] for weight in weights),
@@ -382,7 +368,7 @@ def _squeeze_launch(
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """The pooled sums; if they are to be stored, the branches, and mean, scale and bias of the batch-norms."""
     M, (B, C, OH, OW) = len(weights), y.shape
-    launch = _launch(x, weights, stride, dilations, groups, y, OH * OW, M, _EVAL)
+    launch = _launch(x, weights, stride, dilations, groups, y, OH * OW, M, 128)
     # Few, for attend reads them again and again; but enough programs.
     parts = min(launch.tiles, max(4, triton.cdiv(_device(x.device).multiprocessors, B * launch.programs)))
     pooled = x.new_empty((B, M * parts, C), dtype=torch.float32)
@@ -413,12 +399,13 @@ def branch(x, weights, stride: int, dilations, groups: int) -> tuple[list[Tensor
     roads = {"library": lambda: _branch_library(*convolution)}
     if is_channels_last(x):
         roads["own"] = lambda: _branch_own(*convolution)
-    return _take("branch", convolution, roads, "own" if groups > 1 and "own" in roads else "library")
+    return _take("branch", convolution, roads)
 
 
-def _take(operator: str, convolution: tuple, roads: Mapping[str, Callable[[], T]], default: str) -> T:
-    """The result of the road that is chosen."""
-    return roads[choice.choose(_case(operator, *convolution), roads, default, _device(convolution[0].device).name)]()
+def _take(operator: str, convolution: tuple, roads: Mapping[str, Callable[[], T]]) -> T:
+    """The result of the road that is chosen. It is the library's where nothing is known and nothing may be measured: on an H200 every
+    unit took least that way."""
+    return roads[choice.choose(_case(operator, *convolution), roads, "library", _device(convolution[0].device).name)]()
 
 
 def _case(operator: str, x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int) -> str:
@@ -441,7 +428,7 @@ def _branch_own(x, weights, stride: int, dilations, groups: int) -> tuple[list[T
     M, weights = len(weights), _by_taps(weights)
     ys = [empty_branch(x, weights, stride) for _ in weights]
     C, pixels = ys[0].shape[1], ys[0].numel() // ys[0].shape[1]
-    launch = _launch(x, weights, stride, dilations, groups, ys[0], pixels, M, _TRAINING)
+    launch = _launch(x, weights, stride, dilations, groups, ys[0], pixels, M, 128)
     partials = x.new_empty((2, M, C, launch.tiles), dtype=torch.float32)
     mean, var = (x.new_empty((M, C), dtype=torch.float32) for _ in range(2))
     _branch_kernel[(launch.programs * launch.tiles,)](x, weights, tuple(ys), partials, *launch.sizes, **launch.constants)
@@ -468,21 +455,17 @@ def unit(
     """v, with given statistics.
 
     Floor: x and v once, B·(C'·H·W + C·OH·OW) values; the flops of `branch`. Roads: the library's convolutions, or our own with
-    Σ u in their epilogue, by rounds of as many images as leave their branches in the L2 until the select has read them; or our
-    own twice, for Σ u and for v, which writes no branch at all, for twice the flops."""
+    Σ u in their epilogue; or our own twice, for Σ u and for v, which writes no branch at all, for twice the flops."""
     convolution = x, weights, stride, dilations, groups
     norms = *(dense(vectors) for vectors in (norm_weights, norm_biases, means, variances)), eps
     attention = fc_reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, "relu", 0.0, fc_select, None
     rest = stride, dilations, groups, norms, attention, activation, negative_slope
     v = empty_branch(x, weights, stride)
-    # The branches of a round have half of the L2; x and v pass through the other half.
-    images = max(1, _device(x.device).l2_bytes // 2 // (len(weights) * v[0].nbytes))
     roads = {"library": lambda: _unit_library(x, v, weights, *rest)}
     if is_channels_last(x):
-        roads["own by rounds"] = lambda: _own_by_rounds(images, x, v, _by_taps(weights), *rest)
-        roads["own twice"] = lambda: _own_twice(x, v, _by_taps(weights), *rest)
-    own = "own twice" if _twice_is_less(x.dtype, weights, groups) else "own by rounds"
-    return _take("unit", convolution, roads, own if groups > 1 and own in roads else "library")
+        roads["own"] = lambda: _unit_own(x, v, _by_taps(weights), *rest)
+        roads["own twice"] = lambda: _unit_own_twice(x, v, _by_taps(weights), *rest)
+    return _take("unit", convolution, roads)
 
 
 def _unit_library(x, v, weights, stride: int, dilations, groups: int, norms, attention, activation: str, negative_slope: float) -> Tensor:
@@ -492,37 +475,18 @@ def _unit_library(x, v, weights, stride: int, dilations, groups: int, norms, att
     return select(ys, mean, scale, bias, a, activation, negative_slope, v)
 
 
-def _own_by_rounds(images: int, x: Tensor, v: Tensor, *rest) -> Tensor:
-    """v, so many images at once. What a round gives back to the allocator the next one gets: the same memory, which is in the L2."""
-    for x_part, v_part in zip(x.split(images), v.split(images)):
-        _own_round(x_part, v_part, *rest)
-    return v
-
-
-def _own_round(x, v, weights, stride: int, dilations, groups: int, norms, attention, activation: str, negative_slope: float) -> None:
+def _unit_own(x, v, weights, stride: int, dilations, groups: int, norms, attention, activation: str, negative_slope: float) -> Tensor:
     act = negative_slope, activation
     pooled, ys, folded = _squeeze_launch(x, weights, stride, dilations, groups, v, norms, act, store=True)
     a = attend(pooled, v.shape[2] * v.shape[3], *attention)[0]
-    select(ys, *folded, a, activation, negative_slope, v)
+    return select(ys, *folded, a, activation, negative_slope, v)
 
 
-def _own_twice(x, v, weights, stride: int, dilations, groups: int, norms, attention, activation: str, negative_slope: float) -> Tensor:
+def _unit_own_twice(x, v, weights, stride: int, dilations, groups: int, norms, attention, activation: str, negative_slope: float) -> Tensor:
     act, (B, _, OH, OW) = (negative_slope, activation), v.shape
     pooled, _, _ = _squeeze_launch(x, weights, stride, dilations, groups, v, norms, act, store=False)
     a = attend(pooled, OH * OW, *attention)[0]
-    launch = _launch(x, weights, stride, dilations, groups, v, OH * OW, 1, _EVAL)
+    # 64 pixels: the sum of the branches is in registers beside the branch.
+    launch = _launch(x, weights, stride, dilations, groups, v, OH * OW, 1, 64)
     _branch_select_kernel[(launch.programs * B * launch.tiles,)](x, weights, v, a, *norms, *launch.sizes, *act, **launch.constants)
     return v
-
-
-# What the first GPU with these instructions (sm_80) does while a byte comes from its memory, by its data sheet, at most.
-_FLOPS_A_BYTE = {"half": 150, "tf32": 75, "ieee": 10}
-
-
-def _twice_is_less(dtype: torch.dtype, weights: Sequence[Tensor], groups: int) -> bool:
-    """Whether to convolve again takes less time than to write and read the results: 2·k² flops for each input channel that a
-    value is made from, zeros between packed groups included, against twice the bytes of a value."""
-    inputs, outputs = weights[0].shape[1], weights[0].shape[0] // groups
-    width, speed = (1, "ieee") if inputs == 1 else (_pack(inputs, outputs, groups, dtype) * inputs, _precision(dtype))
-    flops = 2 * max(weight.shape[2] ** 2 for weight in weights) * width
-    return flops <= 2 * dtype.itemsize * _FLOPS_A_BYTE[speed]

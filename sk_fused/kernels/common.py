@@ -57,15 +57,16 @@ def fold(norms, eps, m, c, exists, A: tl.constexpr):
     """mean, r = 1/√(var + eps), scale = weight·r and bias of the channels c of branch m, which the compiler need not know, of the
     batch-norms `norms`: weights, biases, means and variances of every branch."""
     weights, biases, means, variances = norms
-    mean, bias = tl.zeros(c.shape, A), tl.zeros(c.shape, A)
-    var, weight = tl.full(c.shape, 1.0, A), tl.full(c.shape, 1.0, A)
+    mean, var, weight, bias = tl.zeros(c.shape, A), tl.zeros(c.shape, A), tl.zeros(c.shape, A), tl.zeros(c.shape, A)
     # The vectors of the branches may differ in dtype.
     for i in tl.static_range(len(means)):
         ours = exists & (m == i)
         mean += tl.load(means[i] + c, ours, 0.0).to(A)
-        var = tl.where(ours, tl.load(variances[i] + c, ours, 1.0).to(A), var)
+        var += tl.load(variances[i] + c, ours, 0.0).to(A)
         if weights[i] is not None:
-            weight = tl.where(ours, tl.load(weights[i] + c, ours, 1.0).to(A), weight)
+            weight += tl.load(weights[i] + c, ours, 0.0).to(A)
+        else:
+            weight = tl.where(ours, 1.0, weight)
         if biases[i] is not None:
             bias += tl.load(biases[i] + c, ours, 0.0).to(A)
     r = tl.rsqrt(var + eps)
