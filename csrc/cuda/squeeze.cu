@@ -249,6 +249,16 @@ template <class T, int kWidth, int kSums, bool kWeighted> struct PooledSums {
   A mean[kWidth] = {}, scale[kWidth] = {}, bias[kWidth] = {}, sums[kSums][kWidth] = {};
 
   static constexpr int kBatch = kWeighted ? 2 : 4, kTogether = kWeighted ? 2 : 1;
+  // Deviations of half precision from a mean of all digits have the same last ones, and a chain of sums would round them all to the same
+  // side; from a mean of few digits they have few.
+  static constexpr bool kRounded = sizeof(T) == 2 && kSums == 3 && !kWeighted;
+  static __device__ __forceinline__ A rounded(A x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    bits &= 0xffff0000u;
+    memcpy(&x, &bits, sizeof(bits));
+    return x;
+  }
 
   __device__ __forceinline__ int tensors() const { return kTogether; }
   __device__ __forceinline__ const T* tensor(int t) const { return static_cast<const T*>(t == 0 ? y : f.g); }
@@ -265,11 +275,19 @@ template <class T, int kWidth, int kSums, bool kWeighted> struct PooledSums {
     } else {
       A r[kWidth];
       fold(f.norms, m, c, mean, r, scale, bias);
-      if (!writes) return;
-      store_sums(means, mean);
-      store_sums(static_cast<A*>(f.r) + i, r);
-      store_sums(scales, scale);
-      store_sums(biases, bias);
+      if (writes) {
+        store_sums(means, mean);
+        store_sums(static_cast<A*>(f.r) + i, r);
+        store_sums(scales, scale);
+        store_sums(biases, bias);
+      }
+      if constexpr (kRounded)
+#pragma unroll
+        for (int w = 0; w < kWidth; ++w) {
+          const A exact = mean[w];
+          mean[w] = rounded(exact);
+          bias[w] += (mean[w] - exact) * scale[w];
+        }
     }
   }
 
@@ -286,32 +304,38 @@ template <class T, int kWidth, int kSums, bool kWeighted> struct PooledSums {
       for (auto& of_channels : sums)
 #pragma unroll
         for (A& x : of_channels) x += __shfl_xor_sync(kAllLanes, x, o);
+    if constexpr (kRounded) {
+      A exact[kWidth] = {};
+      if (c < f.ys.C) read(f.norms.mean[m], c, exact);
+#pragma unroll
+      for (int w = 0; w < kWidth; ++w) sums[2][w] += (rounded(exact[w]) - exact[w]) * sums[1][w];
+    }
   }
 
  private:
+  // A batch is summed by itself first: long chains lose digits. Where there are weights, vectors that are not there are zeros, and so are
+  // theirs.
   template <Activation kKind, int V, int kSize> __device__ __forceinline__ void add(A slope, const Packed<V, T> (&x)[kSize], int count) {
     constexpr int kCount = kSize / kTogether;
-    // In two stages where a lane sums many values: deviations from one mean have the same last bits, and a long chain would round them
-    // all to the same side.
-    constexpr bool kStaged = kWidth == 1;
-    A staged[kSums][kWidth] = {};
-    auto& to = kStaged ? staged : sums;
+    A staged[kSums][kWidth];
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      if (j >= count) break;
+    for (int i = 0; i < V; ++i) {
+      const int at = kWidth == 1 ? 0 : i;
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        const int at = kWidth == 1 ? 0 : i;
+      for (int j = 0; j < kCount; ++j) {
         const A d = x[j][i] - mean[at], z = d * scale[at] + bias[at], w = kWeighted ? x[kSize - kCount + j][i] : A(1);
         A u, k = w;
         activate<kKind>(slope, z, u, k);
-        to[0][at] += kWeighted ? u * w : u;
-        if constexpr (kSums == 3) to[1][at] += k, to[2][at] += k * d;
-      }
-    }
-    if constexpr (kStaged)
+        const A terms[]{kWeighted ? u * w : u, k, k * d};
+        if (kWeighted || j == 0 || j < count)
 #pragma unroll
-      for (int sum = 0; sum < kSums; ++sum) sums[sum][0] += staged[sum][0];
+          for (int sum = 0; sum < kSums; ++sum)
+            staged[sum][at] = j == 0 && (kWidth > 1 || i == 0) ? terms[sum] : staged[sum][at] + terms[sum];
+      }
+      if (kWidth > 1 || i == V - 1)
+#pragma unroll
+        for (int sum = 0; sum < kSums; ++sum) sums[sum][at] += staged[sum][at];
+    }
   }
 };
 
