@@ -154,8 +154,8 @@ template <int V, class T> __device__ __forceinline__ void store(T* p, const Accu
   packed.store(p);
 }
 
-// V values side by side in shared memory, at a multiple of 16 bytes if they are several.
-template <int V, class A> __device__ __forceinline__ void store_shared(A* p, const A (&x)[V]) {
+// V values side by side, at a multiple of 16 bytes if they are several.
+template <int V, class A> __device__ __forceinline__ void store_sums(A* p, const A (&x)[V]) {
   if constexpr (V == 1) {
     *p = x[0];
   } else {
@@ -166,14 +166,23 @@ template <int V, class A> __device__ __forceinline__ void store_shared(A* p, con
   }
 }
 
-// Element i of an operand of any type.
-template <class A> __device__ __forceinline__ A at(const Array& array, int64_t i) {
+// V elements of an operand of any type, from i on.
+template <int V, class A> __device__ __forceinline__ void read(const Array& array, int64_t i, A (&x)[V]) {
+  const auto from = [&](const auto* p) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) x[e] = static_cast<A>(widen(p[i + e]));
+  };
   switch (array.type) {
-    case Type::float32: return static_cast<A>(static_cast<const float*>(array.data)[i]);
-    case Type::float64: return static_cast<A>(static_cast<const double*>(array.data)[i]);
-    case Type::float16: return static_cast<A>(widen(static_cast<const __half*>(array.data)[i]));
-    default: return static_cast<A>(widen(static_cast<const __nv_bfloat16*>(array.data)[i]));
+    case Type::float32: return from(static_cast<const float*>(array.data));
+    case Type::float64: return from(static_cast<const double*>(array.data));
+    case Type::float16: return from(static_cast<const __half*>(array.data));
+    default: return from(static_cast<const __nv_bfloat16*>(array.data));
   }
+}
+template <class A> __device__ __forceinline__ A at(const Array& array, int64_t i) {
+  A x[1];
+  read(array, i, x);
+  return x[0];
 }
 
 // The same constants of a channel for all elements (kWidth 1), or those of as many channels.
@@ -205,33 +214,50 @@ template <class A> struct Folded {
 __device__ __forceinline__ float sigmoid(float z) { return __fdividef(1.0f, 1.0f + expf(-z)); }
 __device__ __forceinline__ double sigmoid(double z) { return 1.0 / (1.0 + exp(-z)); }
 
-// u becomes act(z), k becomes act'(z) k. The branches are the same for all threads of a launch.
-template <class A, int V> __device__ __forceinline__ void activate(Activation kind, A slope, const A (&z)[V], A (&u)[V], A (&k)[V]) {
-  if (kind == Activation::relu) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) u[i] = z[i] <= 0 ? A(0) : z[i], k[i] = z[i] <= 0 ? A(0) : k[i];
-  } else if (kind == Activation::leaky_relu) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) u[i] = z[i] <= 0 ? slope * z[i] : z[i], k[i] = z[i] <= 0 ? slope * k[i] : k[i];
-  } else if (kind == Activation::silu) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const A s = sigmoid(z[i]);
-      u[i] = z[i] * s;
-      k[i] = s * (A(1) + z[i] * (A(1) - s)) * k[i];
-    }
+// u becomes act(z), k becomes act'(z) k.
+template <Activation kKind, class A> __device__ __forceinline__ void activate(A slope, A z, A& u, A& k) {
+  if constexpr (kKind == Activation::relu) {
+    u = z <= 0 ? A(0) : z;
+    k = z <= 0 ? A(0) : k;
+  } else if constexpr (kKind == Activation::leaky_relu) {
+    u = z <= 0 ? slope * z : z;
+    k = z <= 0 ? slope * k : k;
+  } else if constexpr (kKind == Activation::silu) {
+    const A s = sigmoid(z);
+    u = z * s;
+    k = s * (A(1) + z * (A(1) - s)) * k;
   } else {
-#pragma unroll
-    for (int i = 0; i < V; ++i) u[i] = z[i];
+    u = z;
   }
 }
 
+// The branches are the same for all threads of a launch.
+template <class A, int V> __device__ __forceinline__ void activate(Activation kind, A slope, const A (&z)[V], A (&u)[V], A (&k)[V]) {
+  const auto all = [&]<Activation kKind>() {
+#pragma unroll
+    for (int i = 0; i < V; ++i) activate<kKind>(slope, z[i], u[i], k[i]);
+  };
+  if (kind == Activation::relu) all.template operator()<Activation::relu>();
+  else if (kind == Activation::leaky_relu) all.template operator()<Activation::leaky_relu>();
+  else if (kind == Activation::silu) all.template operator()<Activation::silu>();
+  else all.template operator()<Activation::identity>();
+}
+
+// Who takes an item together: a block, of all branches, or a warp, which waits for no other, of one branch. Of channels_last there are to
+// be about `items`, a few for every block or one for every warp that a large device holds. For them an image is cut along its channels
+// first, while `narrowest` vectors stay side by side and less than `enough` are left to a thread of every part of the pixels; then along
+// its pixels, of which a thread has `least` to `most`: parts of the pixels are added up in the end, and long sums lose digits.
+struct Team {
+  int threads, items, narrowest, enough, least, most;
+};
+constexpr Team kBlock{kThreads, 1024, kWarp, 1, 2, 1 << 20}, kLoneWarp{kWarp, 2048, 8, 128, 8, 512};
+
 // How a grid goes over the branches: item by item, an item being some images, channels and a segment of pixels, read by the
-// kThreads of a block. `lanes`, `rows` and `side` are powers of two whose product is kThreads.
+// threads of a team. `lanes`, `rows` and `side` are powers of two whose product is `threads`.
 //   contiguous     `lanes` share the pixels of a channel, there are `rows` channels, and `images` one after the other
 //   channels_last  `lanes` are along the channels, a vector each, `rows` pixels are read at a time, of `side` = `images` images
 struct Geometry {
-  int lanes, rows, side, images;
+  int threads, lanes, rows, side, images;
   int64_t segment, segments, channel_tiles, image_tiles;
   __host__ __device__ int64_t items() const { return segments * channel_tiles * image_tiles; }
 };
@@ -244,29 +270,29 @@ inline int power_of_two(int64_t n, int most) {
 
 inline int64_t quotient(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
-// Of channels_last: about as many items, so that they are a few for every block that a large device holds, and none waits long for the
-// last; but at least so many pixels for a thread.
-constexpr int kItems = 1024, kLeastPixels = 2;
-
 // V: channels in a vector of channels_last. The segments do not depend on it. A contiguous segment starts at a multiple of 16
 // bytes if its row does.
-inline Geometry geometry(const Branches& ys, int V) {
+inline Geometry geometry(const Branches& ys, int V, Team team) {
   Geometry s;
+  s.threads = team.threads;
   s.side = 1;
   const int values = ys.type == Type::float64 ? 2 : ys.type == Type::float32 ? 4 : 8;
   if (ys.channels_last) {
-    const int lanes = power_of_two(quotient(ys.C, values), kWarp), rows = power_of_two(ys.HW, kThreads / lanes);
-    const int64_t wanted = quotient(kItems, ys.B * quotient(ys.C, lanes * values));
-    const int64_t segments = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, ys.HW / (rows * kLeastPixels)));
-    s.segment = quotient(quotient(ys.HW, segments), rows) * rows;
-    s.lanes = power_of_two(quotient(ys.C, V), kWarp);
-    s.rows = power_of_two(ys.HW, kThreads / s.lanes);
-    s.side = s.images = kThreads / (s.lanes * s.rows);
+    int lanes = power_of_two(quotient(ys.C, values), kWarp);
+    const auto rows = [&] { return power_of_two(ys.HW, team.threads / lanes); };
+    const auto whole = [&] { return ys.B * (team.threads == kWarp ? ys.M : 1) * quotient(ys.C, lanes * values); };
+    const auto parts = [&](int pixels) { return std::max<int64_t>(1, ys.HW / (rows() * pixels)); };
+    while (lanes > team.narrowest && whole() * parts(team.enough) < team.items) lanes /= 2;
+    const int64_t segments = std::clamp(std::max(quotient(team.items, whole()), parts(team.most)), int64_t{1}, parts(team.least));
+    s.segment = quotient(quotient(ys.HW, segments), rows()) * rows();
+    s.lanes = V == 1 ? power_of_two(ys.C, kWarp) : lanes;
+    s.rows = power_of_two(ys.HW, team.threads / s.lanes);
+    s.side = s.images = team.threads / (s.lanes * s.rows);
     s.channel_tiles = quotient(ys.C, s.lanes * V);
   } else {
     s.segment = 4096;
     s.lanes = power_of_two(quotient(ys.HW, values), kWarp);
-    s.rows = kThreads / s.lanes;
+    s.rows = team.threads / s.lanes;
     s.images = static_cast<int>(std::clamp<int64_t>(2048 / ys.HW, 1, 16));
     s.channel_tiles = quotient(ys.C, s.rows);
   }
@@ -275,110 +301,125 @@ inline Geometry geometry(const Branches& ys, int V) {
   return s;
 }
 
-// A thread's own vectors on their way from memory to shared memory, at most so many: batches of one tensor each. They cost it no registers,
-// and it waits for nobody else. All kernels that read branches in channels_last do it so.
+// A thread's own vectors on their way from memory to shared memory, at most so many. They cost it no registers, and it waits for nobody
+// else. All kernels that read branches in channels_last do it so.
 constexpr int kUnderWay = 12;
 template <bool kChannelsLast, int V> constexpr size_t streamed = kChannelsLast && V > 1 ? size_t{kUnderWay} * kThreads * 16 : 0;
 
-// tile.use(t, vectors, offset, step, count) for the tensors t < tile.tensors() of every batch, up to Tile::kBatch, of `steps` vectors,
-// which are `step` values apart, from `first` on.
+// Calls tile.begin(first) when the first copies are under way, then tile.use(t, vectors, offset, step, count) for every kTogether of the
+// tensors t < tile.tensors() of every batch: `count` of Tile::kBatch vectors, which are `step` values apart, of the first tensor, then of
+// the next. All batches of a tensor are `steps` vectors from `first` on.
 template <int V, class T, class Tile>
-__device__ __forceinline__ void stream(Tile& tile, int64_t first, int64_t step, int steps) {
-  constexpr int kBatch = Tile::kBatch, kStages = kUnderWay / kBatch;
+__device__ __forceinline__ void stream(Tile& tile, int64_t first, int step, int steps) {
+  constexpr int kBatch = Tile::kBatch, kTogether = Tile::kTogether, kStages = kUnderWay / (kBatch * kTogether), kSlot = kThreads * 16;
+  constexpr int kStage = kBatch * kTogether * kSlot;
   struct Cursor {
+    int64_t offset;
     int tensor = 0, vector = 0, stage = 0;
-    __device__ __forceinline__ void advance(int tensors) {
-      stage = stage + 1 == kStages ? 0 : stage + 1;
-      if (++tensor == tensors) tensor = 0, vector += kBatch;
+    __device__ __forceinline__ void advance(int tensors, int step) {
+      stage = stage + kStage == kStages * kStage ? 0 : stage + kStage;
+      if ((tensor += kTogether) == tensors) tensor = 0, vector += kBatch, offset += int64_t{kBatch} * step;
     }
-  } ahead, now;
-  unsigned char* const slots = shared_memory<unsigned char>();
-  const auto slot = [](int stage, int j) { return ((stage * kBatch + j) * kThreads + static_cast<int>(threadIdx.x)) * 16; };
+  } ahead{first}, now{first};
+  unsigned char* const slots = shared_memory<unsigned char>() + threadIdx.x * 16;
   const int tensors = tile.tensors();
   const auto fetch = [&] {
     if (ahead.vector < steps) {
-      const T* const from = tile.tensor(ahead.tensor) + first + ahead.vector * step;
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const bool there = ahead.vector + j < steps;
-        copy_async<16>(slots, slot(ahead.stage, j), there ? from + j * step : from, there);
+      for (int t = 0; t < kTogether; ++t) {
+        const T* const from = tile.tensor(ahead.tensor + t) + ahead.offset;
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j)
+          copy_async<16>(slots, ahead.stage + (t * kBatch + j) * kSlot, from + int64_t{j} * step, ahead.vector + j < steps);
       }
-      ahead.advance(tensors);
+      ahead.advance(tensors, step);
     }
     close_copies();
   };
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) fetch();
+  if (steps > 0) tile.begin(first);
 #pragma unroll 1
   while (now.vector < steps) {
     // Into the stage that was used last.
     fetch();
     wait_for_copies<kStages - 1>();
-    Packed<V, T> vectors[kBatch];
+    Packed<V, T> vectors[kTogether * kBatch];
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j) memcpy(&vectors[j], slots + slot(now.stage, j), sizeof(uint4));
+    for (int j = 0; j < kTogether * kBatch; ++j) vectors[j].load(reinterpret_cast<const T*>(slots + now.stage + j * kSlot));
     const int left = steps - now.vector;
-    tile.use(now.tensor, vectors, first + now.vector * step, step, left < kBatch ? left : kBatch);
-    now.advance(tensors);
+    tile.use(now.tensor, vectors, now.offset, step, left < kBatch ? left : kBatch);
+    now.advance(tensors, step);
   }
 }
 
 // The place of this thread in an item: its first channel, its first image, and its pixels [start, end), of which it reads those
-// from `lane` on that are `stride` apart (vectors of them, if they are contiguous).
+// from `lane` on that are `rows` apart, or `lanes` vectors if they are contiguous. Threads of a warp have the same channel and image if
+// they are a power of two apart that is `apart` or more, and less than `span`.
 template <bool kChannelsLast, int V> struct Place {
   int64_t image_tile, segment, c, b, images, start, end;
-  int lane;
+  int lane, apart, span;
   bool inside;
 
-  __device__ __forceinline__ Place(const Geometry& s, const Branches& ys, int64_t item) {
-    const int thread = threadIdx.x;
-    int64_t channel_tile;
+  // There is no memory for as many branches as would have more than 2^32 items, and long divisions take long.
+  __device__ __forceinline__ Place(const Geometry& s, const Branches& ys, uint32_t item) {
+    const int thread = threadIdx.x & (s.threads - 1);
+    const uint32_t segments = static_cast<uint32_t>(s.segments), channel_tiles = static_cast<uint32_t>(s.channel_tiles);
+    uint32_t channel_tile;
     // Blocks that run at the same time are to read what lies side by side.
     if constexpr (kChannelsLast) {
-      channel_tile = item % s.channel_tiles;
-      segment = item / s.channel_tiles % s.segments;
-      image_tile = item / s.channel_tiles / s.segments;
-      c = (channel_tile * s.lanes + thread % s.lanes) * V;
+      channel_tile = item % channel_tiles;
+      segment = item / channel_tiles % segments;
+      image_tile = item / channel_tiles / segments;
+      c = (int64_t{channel_tile} * s.lanes + thread % s.lanes) * V;
       b = image_tile * s.images + thread / (s.lanes * s.rows);
       images = b < ys.B ? 1 : 0;
       lane = thread / s.lanes % s.rows;
+      apart = s.lanes;
+      span = s.lanes * s.rows;
     } else {
-      segment = item % s.segments;
-      channel_tile = item / s.segments % s.channel_tiles;
-      image_tile = item / s.segments / s.channel_tiles;
-      c = channel_tile * s.rows + thread / s.lanes;
+      segment = item % segments;
+      channel_tile = item / segments % channel_tiles;
+      image_tile = item / segments / channel_tiles;
+      c = int64_t{channel_tile} * s.rows + thread / s.lanes;
       b = image_tile * s.images;
       images = ys.B - b < s.images ? ys.B - b : s.images;
       lane = thread % s.lanes;
+      apart = 1;
+      span = s.lanes;
     }
     start = segment * s.segment;
     end = start + s.segment < ys.HW ? start + s.segment : ys.HW;
     inside = c < ys.C && images > 0;
   }
 
-  // tile.use(t, vectors, offset, step, count) for every tensor t < tile.tensors() and all of this thread's values in image `image`:
-  // `count` vectors, `step` apart. Vectors of a contiguous row begin at its first multiple of 16 bytes, as an address of `like` tells;
-  // null: there are none.
+  // tile.begin(offset) of one of the values, then tile.use(t, vectors, offset, step, count), as `stream` does it, for all of this thread's
+  // values in image `image`: `count` vectors, `step` apart. Vectors of a contiguous row begin at its first multiple of 16 bytes, as an
+  // address of `like` tells; null: there are none.
   template <class T, class Tile>
   __device__ __forceinline__ void walk(const Geometry& s, const Branches& ys, int64_t image, const T* like, Tile& tile) const {
     constexpr int kBatch = Tile::kBatch;
     if constexpr (kChannelsLast) {
-      const int64_t first = (image * ys.HW + start + lane) * ys.C + c, step = s.rows * ys.C;
-      const int steps = static_cast<int>((end - start - lane + s.rows - 1) / s.rows);
+      const int64_t first = (image * ys.HW + start + lane) * ys.C + c;
+      const int step = s.rows * static_cast<int>(ys.C);
+      const int steps = (static_cast<int>(end - start) - lane + s.rows - 1) / s.rows;
       if constexpr (V > 1) {
         stream<V, T>(tile, first, step, steps);
       } else {
         int i = 0;
-        for (; i + kBatch <= steps; i += kBatch) take<T, 1, kBatch>(tile, first + i * step, step);
-        for (; i < steps; ++i) take<T, 1, 1>(tile, first + i * step, step);
+        if (steps > 0) tile.begin(first);
+        for (; i + kBatch <= steps; i += kBatch) take<T, 1, kBatch>(tile, first + int64_t{i} * step, step);
+        for (; i < steps; ++i) take<T, 1, 1>(tile, first + int64_t{i} * step, step);
       }
     } else {
       const int64_t first = (image * ys.C + c) * ys.HW + start, pixels = end - start;
       int64_t head = pixels;
       if (like != nullptr) head = (16 - reinterpret_cast<uintptr_t>(like + first) % 16) % 16 / sizeof(T);
       if (head > pixels) head = pixels;
-      const int64_t vectors = (pixels - head) / V, step = static_cast<int64_t>(s.lanes) * V;
+      const int64_t vectors = (pixels - head) / V;
+      const int step = s.lanes * V;
       int64_t i = lane;
+      tile.begin(first + (lane < pixels ? lane : 0));
       for (; i + (kBatch - 1) * s.lanes < vectors; i += kBatch * s.lanes) take<T, V, kBatch>(tile, first + head + i * V, step);
       for (; i < vectors; i += s.lanes) take<T, V, 1>(tile, first + head + i * V, 0);
       // What lies before the vectors and after them.
@@ -388,12 +429,12 @@ template <bool kChannelsLast, int V> struct Place {
 
  private:
   template <class T, int kWidth, int kCount, class Tile>
-  static __device__ __forceinline__ void take(Tile& tile, int64_t offset, int64_t step) {
+  static __device__ __forceinline__ void take(Tile& tile, int64_t offset, int step) {
 #pragma unroll 1
-    for (int t = 0; t < tile.tensors(); ++t) {
-      Packed<kWidth, T> vectors[kCount];
+    for (int t = 0; t < tile.tensors(); t += Tile::kTogether) {
+      Packed<kWidth, T> vectors[Tile::kTogether * kCount];
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) vectors[j].load(tile.tensor(t) + offset + j * step);
+      for (int j = 0; j < Tile::kTogether * kCount; ++j) vectors[j].load(tile.tensor(t + j / kCount) + offset + int64_t{j % kCount} * step);
       tile.use(t, vectors, offset, step, kCount);
     }
   }

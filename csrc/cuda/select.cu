@@ -28,14 +28,15 @@ template <class T, int kWidth> struct Selected {
   using A = Accumulate<T>;
   const Select& f;
   int64_t b, c;
-  static constexpr int kBatch = 4;
+  static constexpr int kBatch = 4, kTogether = 1;
   A total[kBatch][kVector<T>];
 
+  __device__ __forceinline__ void begin(int64_t) {}
   __device__ __forceinline__ int tensors() const { return f.ys.M; }
   __device__ __forceinline__ const T* tensor(int m) const { return static_cast<const T*>(f.ys.y[m]); }
 
   template <int V, int kCount>
-  __device__ __forceinline__ void use(int m, const Packed<V, T> (&y)[kCount], int64_t offset, int64_t step, int count) {
+  __device__ __forceinline__ void use(int m, const Packed<V, T> (&y)[kCount], int64_t offset, int step, int count) {
     constexpr int P = kPiece<V>;
 #pragma unroll
     for (int piece = 0; piece < V; piece += P) {
@@ -58,7 +59,7 @@ template <class T, int kWidth> struct Selected {
       A v[V];
 #pragma unroll
       for (int e = 0; e < V; ++e) v[e] = total[j][e];
-      if (j < count) store(static_cast<T*>(f.v) + offset + j * step, v);
+      if (j < count) store(static_cast<T*>(f.v) + offset + int64_t{j} * step, v);
     }
   }
 };
@@ -78,14 +79,15 @@ template <class T, int kWidth> struct BackwardOfSelected {
   using A = Accumulate<T>;
   const SelectBackward& f;
   int64_t b, c;
-  static constexpr int kBatch = 4;
+  static constexpr int kBatch = 4, kTogether = 1;
   Packed<kVector<T>, T> g[kBatch];
 
+  __device__ __forceinline__ void begin(int64_t) {}
   __device__ __forceinline__ int tensors() const { return 1 + f.ys.M; }
   __device__ __forceinline__ const T* tensor(int t) const { return static_cast<const T*>(t == 0 ? f.g : f.ys.y[t - 1]); }
 
   template <int V, int kCount>
-  __device__ __forceinline__ void use(int tensor, const Packed<V, T> (&y)[kCount], int64_t offset, int64_t step, int count) {
+  __device__ __forceinline__ void use(int tensor, const Packed<V, T> (&y)[kCount], int64_t offset, int step, int count) {
     constexpr int P = kPiece<V>;
     if (tensor == 0) {
 #pragma unroll
@@ -118,13 +120,13 @@ template <class T, int kWidth> struct BackwardOfSelected {
     }
 #pragma unroll
     for (int j = 0; j < kCount; ++j)
-      if (j < count) dy[j].store(static_cast<T*>(f.dy[m]) + offset + j * step);
+      if (j < count) dy[j].store(static_cast<T*>(f.dy[m]) + offset + int64_t{j} * step);
   }
 };
 
 template <class T, bool kChannelsLast, int V, template <class, int> class Tile, class Parameters>
 __device__ __forceinline__ void every_tile(const Parameters& f) {
-  for (int64_t item = blockIdx.x; item < f.s.items(); item += gridDim.x) {
+  for (uint32_t item = blockIdx.x; item < f.s.items(); item += gridDim.x) {
     const Place<kChannelsLast, V> place(f.s, f.ys, item);
     if (!place.inside) continue;
     for (int64_t b = place.b; b < place.b + place.images; ++b) {
@@ -147,7 +149,7 @@ __global__ __launch_bounds__(kThreads, 2) void _select_backward_kernel(const __g
 void select(const Branches& ys, const void* mean, const void* scale, const void* bias, const void* a, Act act, void* v, Queue queue) {
   Select f{ys, {}, alike(v, ys.y, ys.M), act, mean, scale, bias, a, v};
   dispatch(ys, f.vectors && all_aligned(v, mean, scale, bias, a), [&]<class T, bool kChannelsLast, int V>() {
-    f.s = geometry(ys, V);
+    f.s = geometry(ys, V, kBlock);
     launch<_select_kernel<T, kChannelsLast, V>>("select", ys, f.s.items(), {}, streamed<kChannelsLast, V>, queue, f);
   });
 }
@@ -157,7 +159,7 @@ void select_backward(const void* g, const Branches& ys, const void* mean, const 
   SelectBackward f{ys, {}, alike(g, ys.y, ys.M) && alike(g, dys, ys.M), act, g, mean, scale, bias, a, t, p, q, {}};
   std::copy_n(dys, ys.M, f.dy);
   dispatch(ys, f.vectors && all_aligned(g, mean, scale, bias, a, t, p, q), [&]<class T, bool kChannelsLast, int V>() {
-    f.s = geometry(ys, V);
+    f.s = geometry(ys, V, kBlock);
     launch<_select_backward_kernel<T, kChannelsLast, V>>("select_backward", ys, f.s.items(), {}, streamed<kChannelsLast, V>, queue, f);
   });
 }

@@ -8,52 +8,78 @@
 
 namespace sk::cuda {
 
-// n values: their mean, and the sum of the squares of the deviations from it (Chan, Golub, LeVeque 1979).
-template <class A> __device__ __forceinline__ void join(A& n, A& mean, A& square, A other_n, A other_mean, A other_square) {
-  const A total = n + other_n;
-  if (total == 0) return;
-  const A d = other_mean - mean, share = other_n / total;
-  mean += d * share;
-  square += other_square + d * d * n * share;
-  n = total;
-}
+// n values of each of some channels: their means, and the sums of the squares of the deviations from them (Chan, Golub, LeVeque 1979).
+template <class A, int kWidth> struct Moments {
+  A n, mean[kWidth], square[kWidth];
 
-// Of deviations from `shift`, a value of the channel: what is far from 0 beside its spread would lose its last digits.
-template <class T, int kWidth> struct Moments {
+  __device__ __forceinline__ void join_lanes(int span, int apart) {
+    for (int o = span / 2; o >= apart; o /= 2) {
+      const A other_n = __shfl_xor_sync(kAllLanes, n, o), total = n + other_n, share = total == 0 ? A(0) : other_n / total;
+#pragma unroll
+      for (int w = 0; w < kWidth; ++w) {
+        const A d = __shfl_xor_sync(kAllLanes, mean[w], o) - mean[w];
+        mean[w] += d * share;
+        square[w] += __shfl_xor_sync(kAllLanes, square[w], o) + d * d * n * share;
+      }
+      n = total;
+    }
+  }
+};
+
+__device__ __forceinline__ float about_one_over(float x) { return __fdividef(1.0f, x); }
+__device__ __forceinline__ double about_one_over(double x) { return 1.0 / x; }
+
+// Sums of deviations from a shift that follows the mean: what is far from 0 beside its spread, or from the first values, would lose its
+// last digits.
+template <class T, int kWidth> struct ShiftedSums {
   using A = Accumulate<T>;
   const T* y;
-  Constant<A, kWidth> shift;
-  A n = 0, mean[kWidth] = {}, square[kWidth] = {};
-  static constexpr int kBatch = 4;
+  A n = 0, shift[kWidth] = {}, sum[kWidth] = {}, square[kWidth] = {};
+  static constexpr int kBatch = 4, kTogether = 1;
 
   __device__ __forceinline__ int tensors() const { return 1; }
   __device__ __forceinline__ const T* tensor(int) const { return y; }
+  __device__ __forceinline__ void begin(int64_t offset) {
+    if (n == 0) load(y + offset, shift);
+  }
 
-  template <int V, int kCount> __device__ __forceinline__ void use(int, const Packed<V, T> (&x)[kCount], int64_t, int64_t, int count) {
+  template <int V, int kCount> __device__ __forceinline__ void use(int, const Packed<V, T> (&x)[kCount], int64_t, int, int count) {
     // Values of a channel in a vector.
     constexpr int kEach = kWidth == 1 ? V : 1;
-    const A more = static_cast<A>(count * kEach), total = n + more, share = more / total, each = A(1) / more;
 #pragma unroll
-    for (int w = 0; w < kWidth; ++w) {
-      A d[kCount][kEach], sum = 0, squares = 0;
+    for (int j = 0; j < kCount; ++j) {
+      if (j >= count) break;
 #pragma unroll
-      for (int j = 0; j < kCount; ++j)
+      for (int w = 0; w < kWidth; ++w)
 #pragma unroll
         for (int e = 0; e < kEach; ++e) {
-          d[j][e] = x[j][w + e] - shift[w];
-          if (j < count) sum += d[j][e];
+          const A d = x[j][w + e] - shift[w];
+          sum[w] += d;
+          square[w] += d * d;
         }
-      const A average = sum * each;
-#pragma unroll
-      for (int j = 0; j < kCount; ++j)
-#pragma unroll
-        for (int e = 0; e < kEach; ++e)
-          if (j < count) squares += (d[j][e] - average) * (d[j][e] - average);
-      const A moved = average - mean[w];
-      mean[w] += moved * share;
-      square[w] += squares + moved * moved * n * share;
     }
-    n = total;
+    n += static_cast<A>(count * kEach);
+    const A each = about_one_over(n);
+#pragma unroll
+    for (int w = 0; w < kWidth; ++w) {
+      // What the shift really moves by, however it is rounded.
+      const A to = shift[w] + sum[w] * each, moved = to - shift[w], rest = sum[w] - n * moved;
+      square[w] -= moved * (sum[w] + rest);
+      sum[w] = rest;
+      shift[w] = to;
+    }
+  }
+
+  // As seen from `base`.
+  __device__ __forceinline__ Moments<A, kWidth> moments(const A (&base)[kWidth]) const {
+    Moments<A, kWidth> out{n, {}, {}};
+    const A each = n == 0 ? A(0) : A(1) / n;
+#pragma unroll
+    for (int w = 0; w < kWidth; ++w) {
+      out.mean[w] = n == 0 ? A(0) : shift[w] - base[w] + sum[w] * each;
+      out.square[w] = square[w] - sum[w] * sum[w] * each;
+    }
+    return out;
   }
 };
 
@@ -92,11 +118,24 @@ template <class T, class A> __device__ void join_parts(const Statistics& f, cons
     double base = 0, sums[2] = {};
     if (i < channels) {
       base = means[i];
-#pragma unroll 4
-      for (int64_t part = threadIdx.x / kSector; part < parts; part += kSlices) {
-        const double n = counts[part * channels + i], d = means[part * channels + i] - base;
-        sums[0] += n * d;
-        sums[1] += squares[part * channels + i] + n * d * d;
+      // As many loads at a time as there are registers for: they are most of the time.
+      constexpr int kLoads = 8;
+      for (int64_t part = threadIdx.x / kSector; part < parts; part += kLoads * kSlices) {
+        A n[kLoads], mean[kLoads], square[kLoads];
+#pragma unroll
+        for (int j = 0; j < kLoads; ++j) {
+          const int64_t at = (part + j * kSlices) * channels + i;
+          const bool there = part + j * kSlices < parts;
+          n[j] = there ? counts[at] : A(0);
+          mean[j] = there ? means[at] : A(0);
+          square[j] = there ? squares[at] : A(0);
+        }
+#pragma unroll
+        for (int j = 0; j < kLoads; ++j) {
+          const double d = mean[j] - base;
+          sums[0] += n[j] * d;
+          sums[1] += square[j] + n[j] * d * d;
+        }
       }
     }
     sum_slices(sums);
@@ -110,68 +149,40 @@ template <class T, class A> __device__ void join_parts(const Statistics& f, cons
   }
 }
 
+// The items of the warps of a grid, of one branch each, one by one: work(m, place). Neighbours read the same pixels of the branches, so
+// that what is read with every branch comes from memory once.
+template <bool kChannelsLast, int V, class Work>
+__device__ __forceinline__ void every_item(const Geometry& s, const Branches& ys, const Work& work) {
+  const uint32_t M = static_cast<uint32_t>(ys.M), items = static_cast<uint32_t>(s.items()) * M;
+  for (uint32_t item = blockIdx.x * kWarps + threadIdx.x / kWarp; item < items; item += gridDim.x * kWarps)
+    work(static_cast<int>(item % M), Place<kChannelsLast, V>(s, ys, item / M));
+}
+
+// Blocks of warps for the items.
+static int64_t blocks_of(const Geometry& s, const Branches& ys) { return quotient(s.items() * ys.M, kWarps); }
+
 template <class T, bool kChannelsLast, int V>
 __global__ __launch_bounds__(kThreads, 2) void _branch_statistics_kernel(const __grid_constant__ Statistics f) {
   using A = Accumulate<T>;
   constexpr int kWidth = kChannelsLast ? V : 1;
   const Branches& ys = f.ys;
   A *const counts = static_cast<A*>(f.counts), *const means = static_cast<A*>(f.means), *const squares = static_cast<A*>(f.squares);
-  for (int64_t item = blockIdx.x; item < f.s.items(); item += gridDim.x) {
-    const Place<kChannelsLast, V> place(f.s, ys, item);
-    for (int m = 0; m < ys.M; ++m) {
-      const T* const y = static_cast<const T*>(ys.y[m]);
-      A first[kWidth] = {};
-      if (place.c < ys.C) load(y + (kChannelsLast ? place.c : place.c * ys.HW), first);
-      Moments<T, kWidth> sums{y, Constant<A, kWidth>(first)};
-      if (place.inside)
-        for (int64_t b = place.b; b < place.b + place.images; ++b) place.walk(f.s, ys, b, f.vectors ? y : nullptr, sums);
-      const int64_t at = ((place.image_tile * f.s.segments + place.segment) * ys.M + m) * ys.C;
-      if constexpr (kChannelsLast) {
-        // Every row of threads has sums of the same channels.
-        const int columns = f.s.lanes * V, rows = kThreads / f.s.lanes, row = threadIdx.x / f.s.lanes;
-        A* const shared = shared_memory<A>();
-        const int64_t tile = place.c - threadIdx.x % f.s.lanes * V;
-        __syncthreads();
-        A* const mine = shared + row * columns + threadIdx.x % f.s.lanes * V;
-        store_shared(mine, sums.mean);
-        store_shared(mine + kThreads * V, sums.square);
-        if (threadIdx.x % f.s.lanes == 0) shared[2 * kThreads * V + row] = sums.n;
-        __syncthreads();
-        for (int column = threadIdx.x; column < columns; column += kThreads) {
-          // From the mean of the first row on, the others are not far: joined one by one, each would add its rounding error.
-          const A base = shared[column];
-          A n = 0, moved = 0, square = 0;
-          for (int r = 0; r < rows; ++r) {
-            const A count = shared[2 * kThreads * V + r];
-            n += count;
-            moved += count * (shared[r * columns + column] - base);
-          }
-          const A mean = base + moved / n;
-          for (int r = 0; r < rows; ++r) {
-            const A d = shared[r * columns + column] - mean;
-            square += shared[kThreads * V + r * columns + column] + shared[2 * kThreads * V + r] * d * d;
-          }
-          if (tile + column < ys.C) {
-            counts[at + tile + column] = n;
-            means[at + tile + column] = mean;
-            squares[at + tile + column] = square;
-          }
-        }
-        __syncthreads();
-      } else {
-        for (int o = f.s.lanes / 2; o > 0; o /= 2) {
-          const A n = __shfl_down_sync(kAllLanes, sums.n, o, f.s.lanes), mean = __shfl_down_sync(kAllLanes, sums.mean[0], o, f.s.lanes);
-          const A square = __shfl_down_sync(kAllLanes, sums.square[0], o, f.s.lanes);
-          join(sums.n, sums.mean[0], sums.square[0], n, mean, square);
-        }
-        if (place.inside && place.lane == 0) {
-          counts[at + place.c] = sums.n;
-          means[at + place.c] = sums.mean[0];
-          squares[at + place.c] = sums.square[0];
-        }
-      }
-    }
-  }
+  every_item<kChannelsLast, V>(f.s, ys, [&](int m, const Place<kChannelsLast, V>& place) {
+    const T* const y = static_cast<const T*>(ys.y[m]);
+    ShiftedSums<T, kWidth> sums{y};
+    if (place.inside)
+      for (int64_t b = place.b; b < place.b + place.images; ++b) place.walk(f.s, ys, b, f.vectors ? y : nullptr, sums);
+    A base[kWidth] = {};
+    if (place.inside) load(y + (kChannelsLast ? place.c : place.c * ys.HW), base);
+    Moments<A, kWidth> moments = sums.moments(base);
+    moments.join_lanes(place.span, place.apart);
+    if (!place.inside || place.lane > 0) return;
+    const int64_t at = ((place.image_tile * f.s.segments + place.segment) * ys.M + m) * ys.C + place.c;
+#pragma unroll
+    for (int w = 0; w < kWidth; ++w) counts[at + w] = moments.n;
+    store_sums(means + at, moments.mean);
+    store_sums(squares + at, moments.square);
+  });
   wait_for_grid();
   join_parts<T>(f, counts, means, squares);
 }
@@ -185,69 +196,18 @@ static Branches joined(Branches ys) {
 }
 
 int64_t statistics_parts(const Branches& ys) {
-  const Geometry s = geometry(joined(ys), 1);
+  const Geometry s = geometry(joined(ys), 1, kLoneWarp);
   return s.image_tiles * s.segments;
 }
 
 void branch_statistics(const Branches& ys, void* counts, void* means, void* squares, void* mean, void* var, Queue queue) {
   dispatch(ys, whole_vectors(ys), [&]<class T, bool kChannelsLast, int V>() {
-    const Statistics f{joined(ys), geometry(joined(ys), V), alike(ys.y[0], ys.y, ys.M), counts, means, squares, mean, var};
-    const size_t shared = std::max({2 * sizeof(double) * kThreads, sizeof(Accumulate<T>) * (2 * kThreads * V + kThreads) * kChannelsLast,
-                                    streamed<kChannelsLast, V>});
-    launch<_branch_statistics_kernel<T, kChannelsLast, V>>("branch_statistics", ys, f.s.items(), {.cooperative = true}, shared, queue, f);
+    const Statistics f{joined(ys), geometry(joined(ys), V, kLoneWarp), alike(ys.y[0], ys.y, ys.M), counts, means, squares, mean, var};
+    const size_t shared = std::max(2 * sizeof(double) * kThreads, streamed<kChannelsLast, V>);
+    launch<_branch_statistics_kernel<T, kChannelsLast, V>>("branch_statistics", ys, blocks_of(f.s, f.ys), {.cooperative = true}, shared,
+                                                           queue, f);
   });
 }
-
-// sum w u, sum w k and sum w k (y - mean) with u = act(z), k = act'(z), and w = g or 1; the first alone if kSums is 1.
-template <class T, int kWidth, int kSums, bool kWeighted> struct PooledSums {
-  using A = Accumulate<T>;
-  const T *y, *g;
-  Act act;
-  Constant<A, kWidth> mean, scale, bias;
-  A sums[kSums][kWidth] = {};
-
-  // There are no registers for more with their weights, and with constants of every channel.
-  static constexpr int kBatch = !kWeighted ? 4 : kWidth == 1 ? 2 : 1;
-  // Of a batch, until its branch comes.
-  Packed<kVector<T>, T> weights[kBatch];
-
-  __device__ __forceinline__ int tensors() const { return kWeighted ? 2 : 1; }
-  __device__ __forceinline__ const T* tensor(int t) const { return kWeighted && t == 0 ? g : y; }
-
-  template <int V, int kCount> __device__ __forceinline__ void use(int t, const Packed<V, T> (&x)[kCount], int64_t, int64_t, int count) {
-    if (kWeighted && t == 0) {
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) memcpy(&weights[j], &x[j], sizeof(x[j]));
-      return;
-    }
-    // In two stages where a lane sums many values: deviations from one mean have the same last bits, and a long chain would round them
-    // all to the same side.
-    constexpr bool kStaged = kWidth == 1;
-    A staged[kSums][kWidth] = {};
-    auto& to = kStaged ? staged : sums;
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      if (j >= count) break;
-      A d[V], z[V], u[V], k[V];
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        d[i] = x[j][i] - mean[i];
-        z[i] = d[i] * scale[i] + bias[i];
-        k[i] = kWeighted ? weights[j][i] : A(1);
-      }
-      activate(act.kind, static_cast<A>(act.negative_slope), z, u, k);
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        const int at = kWidth == 1 ? 0 : i;
-        to[0][at] += kWeighted ? u[i] * weights[j][i] : u[i];
-        if constexpr (kSums == 3) to[1][at] += k[i], to[2][at] += k[i] * d[i];
-      }
-    }
-    if constexpr (kStaged)
-#pragma unroll
-      for (int sum = 0; sum < kSums; ++sum) sums[sum][0] += staged[sum][0];
-  }
-};
 
 struct Squeeze {
   Branches ys;
@@ -261,83 +221,144 @@ struct Squeeze {
   Sums out;
 };
 
-// mean, scale and bias of channel c of branch m; written, too, if `writes`.
-template <class A> __device__ __forceinline__ void fold(const Squeeze& f, int m, int64_t c, bool writes, A& mean, A& scale, A& bias) {
-  const Folded<A> folded(f.norms, m, c);
-  mean = folded.mean;
-  scale = folded.scale;
-  bias = folded.bias;
-  if (!writes) return;
-  const int64_t to = m * f.ys.C + c;
-  static_cast<A*>(f.mean)[to] = mean;
-  static_cast<A*>(f.r)[to] = folded.r;
-  static_cast<A*>(f.scale)[to] = scale;
-  static_cast<A*>(f.bias)[to] = bias;
+// A batch-norm with given statistics, of channels c, c + 1, ... of branch m, as `Folded` has it of one.
+template <class A, int kWidth>
+__device__ __forceinline__ void fold(const Norms& norms, int m, int64_t c, A (&mean)[kWidth], A (&r)[kWidth], A (&scale)[kWidth],
+                                     A (&bias)[kWidth]) {
+  read(norms.mean[m], c, mean);
+  read(norms.var[m], c, r);
+  if (norms.bias[m].data != nullptr) read(norms.bias[m], c, bias);
+  if (norms.weight[m].data != nullptr) read(norms.weight[m], c, scale);
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    r[i] = A(1) / sqrt(r[i] + static_cast<A>(norms.eps));
+    scale[i] = norms.weight[m].data == nullptr ? r[i] : r[i] * scale[i];
+  }
 }
+
+// sum w u, sum w k and sum w k (y - mean) with u = act(z), k = act'(z), and w = g or 1; the first alone if kSums is 1.
+template <class T, int kWidth, int kSums, bool kWeighted> struct PooledSums {
+  using A = Accumulate<T>;
+  const Squeeze& f;
+  const T* y;
+  int m;
+  // The first channel, and whether its batch-norm is written.
+  int64_t c;
+  bool writes;
+  bool begun = false;
+  A mean[kWidth] = {}, scale[kWidth] = {}, bias[kWidth] = {}, sums[kSums][kWidth] = {};
+
+  static constexpr int kBatch = kWeighted ? 2 : 4, kTogether = kWeighted ? 2 : 1;
+  // Deviations of half precision from a mean of all digits have the same last ones, and a chain of sums would round them all to the same
+  // side; from a mean of few digits they have few.
+  static constexpr bool kRounded = sizeof(T) == 2 && kSums == 3 && !kWeighted;
+  static __device__ __forceinline__ A rounded(A x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    bits &= 0xffff0000u;
+    memcpy(&x, &bits, sizeof(bits));
+    return x;
+  }
+
+  __device__ __forceinline__ int tensors() const { return kTogether; }
+  __device__ __forceinline__ const T* tensor(int t) const { return static_cast<const T*>(t == 0 ? y : f.g); }
+
+  __device__ __forceinline__ void begin(int64_t) {
+    if (begun) return;
+    begun = true;
+    const int64_t i = m * f.ys.C + c;
+    A *const means = static_cast<A*>(f.mean) + i, *const scales = static_cast<A*>(f.scale) + i, *const biases = static_cast<A*>(f.bias) + i;
+    if constexpr (kWeighted) {
+      load(means, mean);
+      load(scales, scale);
+      load(biases, bias);
+    } else {
+      A r[kWidth];
+      fold(f.norms, m, c, mean, r, scale, bias);
+      if (writes) {
+        store_sums(means, mean);
+        store_sums(static_cast<A*>(f.r) + i, r);
+        store_sums(scales, scale);
+        store_sums(biases, bias);
+      }
+      if constexpr (kRounded)
+#pragma unroll
+        for (int w = 0; w < kWidth; ++w) {
+          const A exact = mean[w];
+          mean[w] = rounded(exact);
+          bias[w] += (mean[w] - exact) * scale[w];
+        }
+    }
+  }
+
+  template <int V, int kSize> __device__ __forceinline__ void use(int, const Packed<V, T> (&x)[kSize], int64_t, int, int count) {
+    const A slope = static_cast<A>(f.act.negative_slope);
+    if (f.act.kind == Activation::relu) add<Activation::relu>(slope, x, count);
+    else if (f.act.kind == Activation::silu) add<Activation::silu>(slope, x, count);
+    else add<Activation::leaky_relu>(slope, x, count);
+  }
+
+  __device__ __forceinline__ void join_lanes(int span, int apart) {
+    for (int o = span / 2; o >= apart; o /= 2)
+#pragma unroll
+      for (auto& of_channels : sums)
+#pragma unroll
+        for (A& x : of_channels) x += __shfl_xor_sync(kAllLanes, x, o);
+    if constexpr (kRounded) {
+      A exact[kWidth] = {};
+      if (c < f.ys.C) read(f.norms.mean[m], c, exact);
+#pragma unroll
+      for (int w = 0; w < kWidth; ++w) sums[2][w] += (rounded(exact[w]) - exact[w]) * sums[1][w];
+    }
+  }
+
+ private:
+  // A batch is summed by itself first: long chains lose digits. Where there are weights, vectors that are not there are zeros, and so are
+  // theirs.
+  template <Activation kKind, int V, int kSize> __device__ __forceinline__ void add(A slope, const Packed<V, T> (&x)[kSize], int count) {
+    constexpr int kCount = kSize / kTogether;
+    A staged[kSums][kWidth];
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const int at = kWidth == 1 ? 0 : i;
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        const A d = x[j][i] - mean[at], z = d * scale[at] + bias[at], w = kWeighted ? x[kSize - kCount + j][i] : A(1);
+        A u, k = w;
+        activate<kKind>(slope, z, u, k);
+        const A terms[]{kWeighted ? u * w : u, k, k * d};
+        if (kWeighted || j == 0 || j < count)
+#pragma unroll
+          for (int sum = 0; sum < kSums; ++sum)
+            staged[sum][at] = j == 0 && (kWidth > 1 || i == 0) ? terms[sum] : staged[sum][at] + terms[sum];
+      }
+      if (kWidth > 1 || i == V - 1)
+#pragma unroll
+        for (int sum = 0; sum < kSums; ++sum) sums[sum][at] += staged[sum][at];
+    }
+  }
+};
 
 template <class T, bool kChannelsLast, int V, int kSums, bool kWeighted>
 __global__ __launch_bounds__(kThreads, 2) void _squeeze_kernel(const __grid_constant__ Squeeze f) {
   using A = Accumulate<T>;
   constexpr int kWidth = kChannelsLast ? V : 1;
   const Branches& ys = f.ys;
-  const T* const g = static_cast<const T*>(f.g);
-  for (int64_t item = blockIdx.x; item < f.s.items(); item += gridDim.x) {
-    const Place<kChannelsLast, V> place(f.s, ys, item);
-    const int columns = f.s.lanes * V, column = threadIdx.x % f.s.lanes * V, row = threadIdx.x / f.s.lanes;
-    const int64_t tile = place.c - column;
-    for (int m = 0; m < ys.M; ++m) {
-      const T* const y = static_cast<const T*>(ys.y[m]);
-      A mean[kWidth] = {}, scale[kWidth] = {}, bias[kWidth] = {};
-      if constexpr (kWeighted) {
-        const auto read = [&](const void* from, A(&x)[kWidth]) { load(static_cast<const A*>(from) + m * ys.C + place.c, x); };
-        if (place.inside) read(f.mean, mean), read(f.scale, scale), read(f.bias, bias);
-      } else if constexpr (kChannelsLast) {
-        // A thread folds a channel, for all rows.
-        A* const shared = shared_memory<A>();
-        for (int i = threadIdx.x; i < columns && tile + i < ys.C; i += kThreads)
-          fold(f, m, tile + i, item < f.s.channel_tiles, shared[i], shared[columns + i], shared[2 * columns + i]);
-        __syncthreads();
-        const auto read = [&](const A* from, A(&x)[kWidth]) { load(from + column, x); };
-        if (place.inside) read(shared, mean), read(shared + columns, scale), read(shared + 2 * columns, bias);
-        __syncthreads();
-      } else if (place.inside) {
-        fold(f, m, place.c, place.b == 0 && place.segment == 0 && place.lane == 0, mean[0], scale[0], bias[0]);
-      }
-      for (int64_t image = 0; image < (kChannelsLast ? 1 : place.images); ++image) {
-        const int64_t b = place.b + image;
-        PooledSums<T, kWidth, kSums, kWeighted> pooled{y, g, f.act, mean, scale, bias};
-        if (place.inside) place.walk(f.s, ys, b, f.vectors ? y : nullptr, pooled);
-        if constexpr (kChannelsLast) {
-          const int64_t first = place.image_tile * f.s.images;
-          A* const shared = shared_memory<A>();
-          __syncthreads();
+  every_item<kChannelsLast, V>(f.s, ys, [&](int m, const Place<kChannelsLast, V>& place) {
+    const bool writes = place.b == 0 && place.segment == 0 && place.lane == 0;
+    PooledSums<T, kWidth, kSums, kWeighted> pooled{f, static_cast<const T*>(ys.y[m]), m, place.c, writes};
+    for (int64_t image = 0; image < (kChannelsLast ? 1 : place.images); ++image) {
+      if (place.inside) place.walk(f.s, ys, place.b + image, f.vectors ? pooled.y : nullptr, pooled);
+      const int64_t at = (((place.b + image) * ys.M + m) * f.s.segments + place.segment) * ys.C + place.c;
+      pooled.join_lanes(place.span, place.apart);
 #pragma unroll
-          for (int sum = 0; sum < kSums; ++sum) store_shared(shared + sum * kThreads * V + row * columns + column, pooled.sums[sum]);
-          __syncthreads();
-          for (int i = threadIdx.x; i < kSums * f.s.side * columns; i += kThreads) {
-            const int sum = i / (f.s.side * columns), side = i / columns % f.s.side, to = i % columns;
-            const A* const from = shared + sum * kThreads * V + side * f.s.rows * columns + to;
-            A total = 0;
-            for (int r = 0; r < f.s.rows;) {
-              A part = 0;
-              for (const int stop = r + 8; r < stop && r < f.s.rows; ++r) part += from[r * columns];
-              total += part;
-            }
-            if (first + side < ys.B && tile + to < ys.C)
-              static_cast<A*>(f.out.parts[sum])[(((first + side) * ys.M + m) * f.s.segments + place.segment) * ys.C + tile + to] = total;
-          }
-          __syncthreads();
-        } else {
+      for (int sum = 0; sum < kSums; ++sum) {
+        if (place.inside && place.lane == 0) store_sums(static_cast<A*>(f.out.parts[sum]) + at, pooled.sums[sum]);
 #pragma unroll
-          for (int sum = 0; sum < kSums; ++sum) {
-            const A total = sum_of_lanes(pooled.sums[sum][0], f.s.lanes);
-            if (place.inside && place.lane == 0)
-              static_cast<A*>(f.out.parts[sum])[((b * ys.M + m) * f.s.segments + place.segment) * ys.C + place.c] = total;
-          }
-        }
+        for (A& x : pooled.sums[sum]) x = 0;
       }
     }
-  }
+  });
   if (f.s.segments == 1) return;
   wait_for_grid();
   const int64_t channels = ys.B * ys.M * ys.C;
@@ -351,15 +372,16 @@ __global__ __launch_bounds__(kThreads, 2) void _squeeze_kernel(const __grid_cons
     }
 }
 
-int64_t squeeze_parts(const Branches& ys) { return geometry(ys, 1).segments; }
+int64_t squeeze_parts(const Branches& ys) { return geometry(ys, 1, kLoneWarp).segments; }
 
 template <int kSums, bool kWeighted> static void launch_squeeze(const char* name, Squeeze f, Queue queue) {
+  // Which it is: the kernel has three kinds.
+  if (f.act.kind == Activation::identity) f.act = {Activation::leaky_relu, 1};
   f.vectors = alike(f.ys.y[0], f.ys.y, f.ys.M) && (!kWeighted || alike(f.ys.y[0], &f.g, 1));
   dispatch(f.ys, f.vectors && all_aligned(f.ys.y[0], f.mean, f.scale, f.bias), [&]<class T, bool kChannelsLast, int V>() {
-    f.s = geometry(f.ys, V);
-    const size_t shared = std::max(kChannelsLast ? sizeof(Accumulate<T>) * kThreads * std::max(V * kSums, 3) : 0, streamed<kChannelsLast, V>);
-    launch<_squeeze_kernel<T, kChannelsLast, V, kSums, kWeighted>>(name, f.ys, f.s.items(), {.cooperative = f.s.segments > 1},
-                                                                   shared, queue, f);
+    f.s = geometry(f.ys, V, kLoneWarp);
+    launch<_squeeze_kernel<T, kChannelsLast, V, kSums, kWeighted>>(name, f.ys, blocks_of(f.s, f.ys), {.cooperative = f.s.segments > 1},
+                                                                   streamed<kChannelsLast, V>, queue, f);
   });
 }
 
