@@ -14,7 +14,7 @@ import warnings
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from rich.console import Console
@@ -88,9 +88,13 @@ class Entry(NamedTuple):
     own_threads: bool = False
 
 
-def clock(device: torch.device, of_host: bool = False) -> Callable[[Callable[[], object]], float]:
-    """Milliseconds of one call: by the host's clock on a CPU, by events with a cold L2 cache on a GPU; `of_host`: until the call
-    returns, also there, to a GPU that has nothing to do."""
+# Of a GPU's clock: about half a millisecond, more than the host takes to launch an operator.
+_BUSY = 1_000_000
+
+
+def clock(device: torch.device, of: Literal["call", "host", "kernels"] = "call") -> Callable[[Callable[[], object]], float]:
+    """Milliseconds of one call: by the host's clock on a CPU, by events with a cold L2 cache on a GPU. There also of the "host" alone, until
+    the call returns, to a GPU that has nothing to do; and of the "kernels" alone, the GPU kept busy while they are launched."""
 
     def host(run: Callable[[], object]) -> float:
         if device.type == "cuda":
@@ -99,13 +103,15 @@ def clock(device: torch.device, of_host: bool = False) -> Callable[[Callable[[],
         run()
         return 1e3 * (time.perf_counter() - start)
 
-    if device.type == "cpu" or of_host:
+    if device.type == "cpu" or of == "host":
         return host
     cold = torch.empty(256 << 20, dtype=torch.int8, device=device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def events(run: Callable[[], object]) -> float:
         cold.zero_()
+        if of == "kernels":
+            torch.cuda._sleep(_BUSY)
         start.record()
         run()
         end.record()
@@ -115,10 +121,10 @@ def clock(device: torch.device, of_host: bool = False) -> Callable[[Callable[[],
     return events
 
 
-def interleaved(contenders: Mapping, seconds: float, device: torch.device, min_rounds: int = 5, rest: float = 0.0, of_host: bool = False) -> dict:
+def interleaved(contenders: Mapping, seconds: float, device: torch.device, min_rounds: int = 5, rest: float = 0.0, of: Literal["call", "host", "kernels"] = "call") -> dict:
     """Milliseconds of every contender in every round: all take their turn in each round, A B C A B C, after one warm-up
     round, for about `seconds`. After a rest of so many, if there is one, a call that is not timed wakes the threads up."""
-    measure, times = clock(device, of_host), {name: [] for name in contenders}
+    measure, times = clock(device, of), {name: [] for name in contenders}
     for run in contenders.values():
         run()
     gc.collect()
@@ -153,7 +159,7 @@ def race(
     device: torch.device,
     base: str = "timm",
     against: Sequence[str] = ("timm",),
-    of_host: bool = False,
+    of: Literal["call", "host", "kernels"] = "call",
 ) -> dict[str, dict]:
     """The parity gate, then the interleaved rounds of all that passed.
 
@@ -191,7 +197,7 @@ def race(
         runs[side, layout] = step.run
     # Threads wait actively for a while after their work, and would keep the cores from those of another runtime.
     rest = 0.02 if any(entry.own_threads for entry in entries.values()) else 0.0
-    times = interleaved(runs, seconds, device, rest=rest, of_host=of_host)
+    times = interleaved(runs, seconds, device, rest=rest, of=of)
     for key, values in times.items():
         low, median, high = quartiles(values)
         record[key[0]]["layouts"][key[1]] |= {"median_ms": median, "quartiles_ms": [low, high], "rounds": len(values)}

@@ -29,7 +29,7 @@ def rows(arguments: Namespace) -> Iterator[dict]:
         row = {"unit": f"{name}, {SIZE}²"}
         for mode in MODES:
             runs = entries({side: CONTENDERS[side] for side in PAIR}, unit, x, g, mode, settings)
-            row[mode] = harness.race(runs, exact(unit, x, g, mode, settings), arguments.seconds, arguments.device, of_host=True)
+            row[mode] = harness.race(runs, exact(unit, x, g, mode, settings), arguments.seconds, arguments.device, of="host")
         yield row
     torch.set_num_threads(threads)
 

@@ -129,7 +129,7 @@ def rows(arguments: Namespace) -> Iterator[dict]:
                 for layout in LAYOUTS
             }
             runs["copy", "contiguous"] = Entry(lambda: _copy(moved, device), None)
-            race = harness.race(runs, exact, arguments.seconds, device, base="reference", against=("reference", "copy"))
+            race = harness.race(runs, exact, arguments.seconds, device, base="reference", against=("reference", "copy"), of="kernels")
             copy = race.pop("copy")
             flops = operator.flops * exact_inputs.M * values + small_flops + operator.convolutions * case.floor(arguments.batch, "eval").flops
             figures = {side: {"GBps": moved / f["median_ms"] / 1e6, "GFLOPs": flops / f["median_ms"] / 1e6} for side, f in race.items() if "median_ms" in f}

@@ -35,19 +35,50 @@ __device__ __forceinline__ void sum_in_blocks(int64_t first, int64_t end, int64_
   }
 }
 
-// total[i] = sum_d fc_select[row, d] hidden[i, d] for the images i < `images`; by a warp, which reads the row side by side, and gets the
-// sums in every lane.
-template <class A, int kImages>
-__device__ __forceinline__ void logits_of(const Array& fc_select, int64_t row, int64_t D, const A* hidden, int64_t images,
-                                          A (&total)[kImages]) {
-  sum_in_blocks(threadIdx.x % kWarp, D, kWarp, total, [&](int64_t d, A(&part)[kImages]) {
-    const A w = at<A>(fc_select, row * D + d);
+// term(get) with get(i) = element i.
+template <class A, class F> __device__ __forceinline__ void with_elements(const Array& array, const F& term) {
+  if (array.type == Type::float32) {
+    const float* const values = static_cast<const float*>(array.data);
+    term([values](int64_t i) { return static_cast<A>(values[i]); });
+  } else {
+    term([&array](int64_t i) { return at<A>(array, i); });
+  }
+}
+
+// result(image, i, sum over k of matrix[row_of(i), k] x[image, k]) for i < rows and up to kImages images: by a block, of which kLanes lanes
+// read a few rows at a time side by side.
+template <int kLanes, int kImages, class A, class RowOf, class F>
+__device__ __forceinline__ void multiply_rows(const Array& matrix, int rows, int length, const A* x, int images, const RowOf& row_of,
+                                              const F& result) {
+  // As many as there are registers for.
+  constexpr int kRows = sizeof(A) == sizeof(double) ? 2 : 4, kApart = kThreads / kLanes;
+  const int lane = threadIdx.x % kLanes;
+  with_elements<A>(matrix, [&](const auto& element) {
+#pragma unroll 1
+    for (int first = 0; first < rows; first += kRows * kApart) {
+      const int own = first + static_cast<int>(threadIdx.x) / kLanes;
+      A total[kRows * kImages] = {};
+      sum_in_blocks(lane, length, kLanes, total, [&](int64_t k, A(&part)[kRows * kImages]) {
 #pragma unroll
-    for (int i = 0; i < kImages; ++i)
-      if (i < images) part[i] += w * hidden[i * D + d];
+        for (int j = 0; j < kRows; ++j) {
+          const int i = own + j * kApart;
+          const A w = element(int64_t{row_of(i < rows ? i : rows - 1)} * length + k);
+#pragma unroll
+          for (int image = 0; image < kImages; ++image)
+            if (image < images) part[j * kImages + image] += w * x[image * length + k];
+        }
+      });
+#pragma unroll
+      for (int image = 0; image < kImages; ++image) {
+        if (image >= images) break;
+#pragma unroll
+        for (int j = 0; j < kRows; ++j) {
+          const A sum = sum_of_lanes(total[j * kImages + image], kLanes);
+          if (lane == 0 && own + j * kApart < rows) result(image, own + j * kApart, sum);
+        }
+      }
+    }
   });
-#pragma unroll
-  for (int i = 0; i < kImages; ++i) total[i] = sum_of_lanes(total[i], kWarp);
 }
 
 // The logits of M branches, `step` apart, become their softmax.

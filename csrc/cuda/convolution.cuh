@@ -66,13 +66,10 @@ struct Cut {
   // Chunks of a block's inputs, and how many of them a tile goes through: where all branches share one, it is there since the first.
   Divisor chunks;
   int parts;
-  // How many items a tile's branches are, one or as many as there are branches.
-  Divisor pieces;
   // Pixels of x that a tile reads, at most; the reach of the longest dilation.
   int read, reach;
 
   __host__ __device__ int channel_tiles() const { return blocks * block_tiles; }
-  __host__ __device__ int convolutions() const { return channel_tiles() * pieces; }
   __host__ __device__ int strip_start(int strip) const { return strip * columns / strips; }
   // The tiles with pixels of an image, and the first image whose last pixels are in a tile, or in one behind it.
   __host__ __device__ int first_tile(int image) const { return strips == 1 ? image * area / run : image * strips * strip_tiles; }
@@ -147,14 +144,11 @@ struct Pixels {
 
 // Where a tile is, in the output and in x. One thread finds it out; the others have it out of shared memory, as registers are few.
 struct Where : Pixels {
-  int first_branch, end_branch, block, first_channel, end_channel;
+  int block, first_channel, end_channel;
   // Of x, in rows of `wide` pixels, the first at column `left`, all images one below the other: the tile reads `read` from `first` on.
   int left, wide, first, read;
 
-  __device__ __forceinline__ Where(const Unit& f, const Cut& cut, int tile, int convolution, int kChannels) : Pixels(cut, tile) {
-    const int channel_tile = convolution / cut.pieces;
-    first_branch = convolution % cut.pieces;
-    end_branch = cut.pieces == 1 ? f.M : first_branch + 1;
+  __device__ __forceinline__ Where(const Unit& f, const Cut& cut, int tile, int channel_tile, int kChannels) : Pixels(cut, tile) {
     block = channel_tile / cut.block_tiles;
     first_channel = cut.first_channel(channel_tile, kChannels);
     end_channel = cut.end_channel(channel_tile, kChannels);
@@ -392,7 +386,7 @@ template <class T, class Tile> struct Convolution {
   }
 
   // u of the item's branches: of branch m, the tile's first pixel and its channel 0 are at u_of(m); and of every image of the tile the sums
-  // over branches and pixels, at sums() + image * pieces * C. Both are asked when they are needed, as registers are few. The block's threads
+  // over branches and pixels, at sums() + image * C. Both are asked when they are needed, as registers are few. The block's threads
   // are to meet before what comes next uses the shared memory. before_last() is called once, before the last of the products.
   template <class UOf, class Sums, class F>
   __device__ __forceinline__ void run(const UOf& u_of, const Sums& sums_at, const F& before_last) const {
@@ -400,8 +394,8 @@ template <class T, class Tile> struct Convolution {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int warp_row = warp / Tile::kWarpColumns, warp_column = warp % Tile::kWarpColumns, first_row = warp_row * Tile::kRows;
 
-    int step = here.first_branch * cut.chunks * 3;
-    const int steps = here.end_branch * cut.chunks * 3;
+    int step = 0;
+    const int steps = f.M * cut.chunks * 3;
     if (here.count > 0) fill(step);
     else before_last();
     close_copies();
@@ -416,7 +410,7 @@ template <class T, class Tile> struct Convolution {
     const int a_half = (Tile::kSeveral ? warp_column * Tile::kColumns / 8 : 0) + lane / 16;
 
 #pragma unroll 1
-    for (int m = here.first_branch; m < here.end_branch && here.count > 0; ++m) {
+    for (int m = 0; m < f.M && here.count > 0; ++m) {
       float c[kDown][kAlong][4] = {};
       const int dilation = f.dilations[m];
       // Of the pixels whose rows of A this lane gives the addresses of: where they are in x, and the taps that are.
@@ -473,7 +467,7 @@ template <class T, class Tile> struct Convolution {
               }
             const float sum = scatter_sums(lane, total);
             float& all = to[q * 4 * kOwn + lane % 4 * kOwn + lane / (32 / kOwn)];
-            if (lane / 4 % (8 / kOwn) == 0) all = m == here.first_branch ? sum : all + sum;
+            if (lane / 4 % (8 / kOwn) == 0) all = m == 0 ? sum : all + sum;
           }
         };
         if (low <= first_row && high >= first_row + Tile::kRows) sum_up.template operator()<true>();
@@ -493,7 +487,7 @@ template <class T, class Tile> struct Convolution {
       if (channel >= here.end_channel) continue;
       float total = 0;
       for (int row = low / Tile::kRows; row * Tile::kRows < high; ++row) total += by_row[(row + of) * Tile::kChannels + n];
-      sums[int64_t{image} * cut.pieces * f.C + channel] = total;
+      sums[int64_t{image} * f.C + channel] = total;
     }
   }
 

@@ -20,7 +20,7 @@
 namespace sk::cuda {
 
 // Vectors of 8 channels that a thread selects at a time, of so many branches, and about how many values a part of the selection has.
-constexpr int kSelected = 3, kSelectedBranches = 2, kPartValues = 32768;
+constexpr int kSelected = 3, kSelectedBranches = 2, kPartValues = 16384;
 // Images whose attention a block computes at a time, at most; it reads the weights once for them.
 constexpr int kAttended = 4;
 
@@ -35,56 +35,13 @@ struct Ring {
   int attend_lag, lag, part_pixels, parts;
   Divisor step_items, lanes;
   int items, together;
-  // Of every slot: u, T (M, run, C). Of every image in a tile: sums over its pixels there, row (tile + image) * pieces + piece. Of every image: the
-  // attention (M, C).
+  // Of every slot: u, T (M, run, C). Of every image in a tile: sums over its pixels there, row tile + image. Of every image: the attention (M, C).
   void* u;
   float *sums, *a;
   // The next item; of every tile its finished convolutions, whether the attention of the images that end in it is there, and its finished
   // parts of the selection.
   unsigned *next, *convolved, *attended, *selected;
 };
-
-// term(get) with get(i) = element i.
-template <class F> __device__ __forceinline__ void with_elements(const Array& array, const F& term) {
-  if (array.type == Type::float32) {
-    const float* const values = static_cast<const float*>(array.data);
-    term([values](int i) { return values[i]; });
-  } else {
-    term([&array](int i) { return at<float>(array, i); });
-  }
-}
-
-// result(image, row, sum over k of matrix[row, k] x[image, k]), by kLanes lanes for a few rows at a time, which they read side by side.
-template <int kLanes, class F>
-__device__ __forceinline__ void multiply_rows(const Array& matrix, int rows, int length, const float* x, int images, const F& result) {
-  constexpr int kRows = 4, kApart = kThreads / kLanes;
-  const int lane = threadIdx.x % kLanes;
-  with_elements(matrix, [&](const auto& element) {
-#pragma unroll 1
-    for (int row = threadIdx.x / kLanes; row - static_cast<int>(threadIdx.x) / kLanes < rows; row += kRows * kApart) {
-      float total[kRows * kAttended] = {};
-      sum_in_blocks(lane, length, kLanes, total, [&](int64_t k, float(&part)[kRows * kAttended]) {
-#pragma unroll
-        for (int j = 0; j < kRows; ++j) {
-          const int there = row + j * kApart;
-          const float w = element((there < rows ? there : 0) * length + static_cast<int>(k));
-#pragma unroll
-          for (int i = 0; i < kAttended; ++i)
-            if (i < images) part[j * kAttended + i] += w * x[i * length + k];
-        }
-      });
-#pragma unroll
-      for (int i = 0; i < kAttended; ++i) {
-        if (i >= images) break;
-#pragma unroll
-        for (int j = 0; j < kRows; ++j) {
-          const float sum = sum_of_lanes(total[j * kAttended + i], kLanes);
-          if (lane == 0 && row + j * kApart < rows) result(i, row + j * kApart, sum);
-        }
-      }
-    }
-  });
-}
 
 // The attention of a few images, by one block.
 __device__ __forceinline__ void attend_to(const Ring& f, int first_image, int images, float* s) {
@@ -93,7 +50,7 @@ __device__ __forceinline__ void attend_to(const Ring& f, int first_image, int im
   float* const hidden = s + images * C;
   for (int i = 0; i < images; ++i) {
     const int image = first_image + i;
-    const int first = (f.cut.first_tile(image) + image) * f.cut.pieces, end = (f.cut.last_tile(image) + image + 1) * f.cut.pieces;
+    const int first = f.cut.first_tile(image) + image, end = f.cut.last_tile(image) + image + 1;
     for (int c = threadIdx.x; c < C; c += kThreads) {
       float total = 0;
 #pragma unroll 8
@@ -102,13 +59,15 @@ __device__ __forceinline__ void attend_to(const Ring& f, int first_image, int im
     }
   }
   __syncthreads();
-  multiply_rows<kWarp>(attention.fc_reduce, D, C, s, images, [&](int i, int d, float reduced) {
+  const auto in_order = [](int row) { return row; };
+  multiply_rows<kWarp, kAttended>(attention.fc_reduce, D, C, s, images, in_order, [&](int i, int d, float reduced) {
     hidden[i * D + d] =
         Column<float>(attention, d, at<float>(attention.given_mean, d), at<float>(attention.given_var, d)).act(reduced);
   });
   __syncthreads();
   float* const a = f.a + int64_t{first_image} * rows;
-  multiply_rows<8>(attention.fc_select, rows, D, hidden, images, [&](int i, int row, float logit) { a[int64_t{i} * rows + row] = logit; });
+  multiply_rows<8, kAttended>(attention.fc_select, rows, D, hidden, images, in_order,
+                              [&](int i, int row, float logit) { a[int64_t{i} * rows + row] = logit; });
   __syncthreads();
   for (int i = 0; i < images; ++i)
     for (int c = threadIdx.x; c < C; c += kThreads) softmax(a + int64_t{i} * rows + c, f.unit.M, C);
@@ -173,7 +132,7 @@ struct Item {
   int tile, index;
 
   __device__ __forceinline__ Item(const Ring& f, int i) {
-    const int step = i / f.step_items, rest = i - step * f.step_items, convolutions = f.cut.convolutions();
+    const int step = i / f.step_items, rest = i - step * f.step_items, convolutions = f.cut.channel_tiles();
     work = rest < convolutions ? Work::convolve : rest == convolutions ? Work::attend : Work::select;
     tile = work == Work::convolve ? step : work == Work::attend ? step - f.attend_lag : step - f.lag;
     index = work == Work::select ? rest - convolutions - 1 : rest;
@@ -194,7 +153,7 @@ struct Item {
     if (work == Work::convolve) {
       if (lane == 0 && tile >= f.slots) wait_for(f.selected + tile - f.slots, f.parts);
     } else if (work == Work::attend) {
-      for (int t = f.cut.first_tile(first_image(f)) + lane; t <= tile; t += kWarp) wait_for(f.convolved + t, f.cut.convolutions());
+      for (int t = f.cut.first_tile(first_image(f)) + lane; t <= tile; t += kWarp) wait_for(f.convolved + t, f.cut.channel_tiles());
     } else {
       const Pixels pixels(f.cut, tile);
       const int image = pixels.first_image(f.cut) + lane;
@@ -248,7 +207,7 @@ template <class T, class Tile> __global__ __launch_bounds__(kThreads, 2) void _u
     if (item.work == Work::convolve) {
       Convolution<T, Tile>(f.unit, f.cut, f.layout, shared)
           .run([&](int m) { return static_cast<T*>(f.u) + (int64_t{taken->tile % f.slots} * f.unit.M + m) * f.cut.run * f.unit.C; },
-               [&] { return f.sums + (int64_t{taken->tile} * f.cut.pieces + where->first_branch % f.cut.pieces) * f.unit.C; }, take);
+               [&] { return f.sums + int64_t{taken->tile} * f.unit.C; }, take);
     } else if (item.work == Work::attend) {
       take();
       const int end = item.end_image(f);
@@ -339,9 +298,6 @@ template <class Tile> static void plan_tile(const Unit& f, int device, Plan& pla
   cut.outputs = f.C / cut.blocks;
   cut.block_tiles = Divisor(quotient(cut.outputs, Tile::kChannels));
   cut.chunks = Divisor(quotient(cut.inputs, Tile::kInputs));
-  // One branch alone is work enough where it has many inputs, and smaller items leave fewer blocks idle at the end. It does not depend on the
-  // device, as the order of the sums does on it.
-  cut.pieces = Divisor(cut.chunks >= 4 ? f.M : 1);
   cut.parts = !f.split && cut.chunks == 1 ? 1 : f.M * cut.chunks;
   const int fewest = static_cast<int>(quotient(cut.columns, 256)), most = std::max<int>(fewest, cut.columns.value / 16);
   plan.shared = kMostShared + 1;
@@ -365,7 +321,7 @@ template <class Tile> static void plan_tile(const Unit& f, int device, Plan& pla
   // How many tiles the last one of an image may lie behind one that it is in.
   const int behind =
       static_cast<int>(cut.strips == 1 ? quotient(int64_t{cut.area} + cut.run - 2, cut.run) : int64_t{cut.strips} * cut.strip_tiles - 1);
-  const int64_t tile = int64_t{f.M} * cut.run * f.C * 2, taken = quotient(plan.blocks, cut.convolutions() + plan.parts) + 1;
+  const int64_t tile = int64_t{f.M} * cut.run * f.C * 2, taken = quotient(plan.blocks, cut.channel_tiles() + plan.parts) + 1;
   // Most of the L2 cache: x, v and the weights go through it as well. For every wait the steps that are under way at a time, and twice for that
   // of the convolutions, which take longest, if there is room.
   const int64_t room = attribute_of_device(cudaDevAttrL2CacheSize, "unit", device) * int64_t{3} / 4 / tile;
@@ -393,7 +349,7 @@ struct Scratch {
   int64_t counts, sums, a, u;
   Scratch(const Unit& f, const Plan& plan)
       : counts(whole((1 + 3 * int64_t{plan.cut.tiles}) * sizeof(unsigned))),
-        sums(whole((plan.cut.tiles + f.B) * plan.cut.pieces * f.C * sizeof(float))),
+        sums(whole((plan.cut.tiles + f.B) * f.C * sizeof(float))),
         a(whole(f.B * f.M * f.C * sizeof(float))),
         u(whole(int64_t{plan.slots} * f.M * plan.cut.run * f.C * 2)) {}
   static int64_t whole(int64_t bytes) { return quotient(bytes, 16) * 16; }
@@ -402,7 +358,7 @@ struct Scratch {
 void unit(const Unit& f, const std::function<void*(int64_t)>& allocate, Queue queue) {
   const Plan plan = plan_of(f, queue.device);
   const Scratch sizes(f, plan);
-  const int64_t step_items = plan.cut.convolutions() + 1 + plan.parts, items = (int64_t{plan.cut.tiles} + plan.lag) * step_items;
+  const int64_t step_items = plan.cut.channel_tiles() + 1 + plan.parts, items = (int64_t{plan.cut.tiles} + plan.lag) * step_items;
   if (items >= int64_t{1} << 30) refuse(f, "too much for one launch");
   auto* const bytes = static_cast<unsigned char*>(allocate(sizes.counts + sizes.sums + sizes.a + sizes.u));
   auto* const counts = reinterpret_cast<unsigned*>(bytes);
