@@ -44,7 +44,7 @@ def stages(results: Path) -> list[Stage]:
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
     beside = ["-n", "8", "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
     bfloat16 = ["--precision", "bfloat16", "--batch", "256"]
-    sides = ["timm", "timm:compile", "sk_fused", "sk_fused:native", "convolutions"]
+    sides = ["timm", "timm:compile", "sk_fused", "sk_fused:triton", "convolutions"]
     channels_last = ["--layouts", "channels_last"]
     memcheck, racecheck = (Stage(f"sanitizer: {tool}", sanitized(tool, [*tests, "-x", "-k", SMALL]), 80) for tool in ("memcheck", "racecheck"))
     return [
@@ -66,7 +66,8 @@ def sanitized(tool: str, command: Sequence[str]) -> Sequence[str] | str:
     if shutil.which("compute-sanitizer") is None:
         return "there is no compute-sanitizer"
     known = subprocess.run(["compute-sanitizer", "--help"], capture_output=True, text=True).stdout
-    ours = ["--kernel-regex", "kns=sk4cuda"] if "--kernel-regex" in known else []
+    option = next((option for option in ("--kernel-name", "--kernel-regex") if option in known), None)
+    ours = [option, "kns=sk4cuda"] if option else []
     # PyTorch itself makes calls that fail, and asks for their errors.
     quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []
     return ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *ours, *quiet, *command]
