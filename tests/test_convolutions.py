@@ -35,7 +35,7 @@ CASES = {
     "dense, 1 × 1 maps": (32, 16, 1, (2, 1, 1), 1, (1, 2)),
     "dense, many tiles": (32, 32, 1, (2, 37, 35), 1, (1, 2)),
     "dense, small maps": (32, 144, 1, (5, 7, 7), 1, (1, 2)),
-    "dense, many inputs, split": (256, 136, 1, (3, 7, 9), 1, (2, 1)),
+    "dense, many inputs, split": (256, 144, 1, (3, 7, 9), 1, (2, 1)),
     "dense, long rows": (16, 16, 1, (1, 2, 131), 1, (2, 3)),
 }
 LARGE_MAPS = {

@@ -28,13 +28,13 @@ def library() -> Path:
 
 
 class Host(NamedTuple):
-    """The device that the host plays: in which order blocks and threads run, how many blocks it holds, the bytes of its L2 cache,
-    the blocks of its largest cluster; 0, it has none."""
+    """The device that the host plays: in which order blocks and threads run, how many blocks it holds, the bytes of its L2 cache, its
+    compute capability."""
 
     seed: int
     processors: int
     cache: int = 1 << 20
-    clusters: int = 0
+    capability: int = 8
 
     def environment(self, library: Path) -> dict[str, str]:
         return {
@@ -46,7 +46,7 @@ class Host(NamedTuple):
             "CUDA_ON_HOST_SEED": str(self.seed),
             "CUDA_ON_HOST_PROCESSORS": str(self.processors),
             "CUDA_ON_HOST_L2": str(self.cache),
-            "CUDA_ON_HOST_CLUSTERS": str(self.clusters),
+            "CUDA_ON_HOST_CAPABILITY": str(self.capability),
         }
 
 
@@ -59,10 +59,10 @@ RUNS = {
     # Where the cache has room for two images, every convolution waits for the selection of the last but one.
     "units, one block": (Host(2, 1, cache=1), "test_convolutions", "match_pytorch and bfloat16 and channels_last"),
     "units, two blocks": (Host(3, 2, cache=1), "test_convolutions", "match_pytorch and float16 and channels_last"),
-    # What has clusters multiplies with four warps together.
-    "units, 9.0": (Host(5, 3, clusters=8), "test_convolutions", "match_pytorch and (bfloat16 or float16)"),
-    "units, 9.0, one block": (Host(7, 1, cache=1, clusters=8), "test_convolutions", "match_pytorch and bfloat16 and channels_last"),
-    "units, 9.0, many blocks": (Host(6, 40, clusters=8), "test_convolutions", "match_pytorch and bfloat16 and channels_last"),
+    # Where four warps multiply together.
+    "units, 9.0": (Host(5, 3, capability=9), "test_convolutions", "match_pytorch and (bfloat16 or float16)"),
+    "units, 9.0, one block": (Host(7, 1, cache=1, capability=9), "test_convolutions", "match_pytorch and bfloat16 and channels_last"),
+    "units, 9.0, many blocks": (Host(6, 40, capability=9), "test_convolutions", "match_pytorch and bfloat16 and channels_last"),
     "units, many blocks": (Host(4, 40, cache=1), "test_convolutions", "match_pytorch and bfloat16 and channels_last"),
 }
 
@@ -100,9 +100,9 @@ for layout in ("contiguous", "channels_last"):
 """
 
 
-@pytest.mark.parametrize("hosts", [(Host(1, 1, 1), Host(2, 5), Host(3, 40, 100_000)), (Host(1, 1, clusters=8), Host(2, 40, clusters=8))])
+@pytest.mark.parametrize("hosts", [(Host(1, 1, 1), Host(2, 5), Host(3, 40, 100_000)), (Host(1, 1, capability=9), Host(2, 40, capability=9))])
 def test_results_depend_neither_on_the_order_nor_on_the_device(hosts: tuple[Host, ...], library: Path):
-    """To the bit; what has clusters may add up in another order than what has none."""
+    """To the bit; where four warps multiply together, it may be in another order."""
     results = []
     for host in hosts:
         environment = host.environment(library) | {"PYTHONPATH": str(ROOT)}

@@ -69,8 +69,10 @@ def test_what_is_not_taken_is_said():
             assert triton.why_not_convolve(x, torch.float32, taken, stride, dilations, groups, GPU) is None
 
 
-def test_case_of_a_call_tells_what_changes_the_times():
+def test_case_of_a_call_tells_what_changes_the_times(monkeypatch: pytest.MonkeyPatch):
     """And nothing else: sizes of images and batches only by powers of two."""
+    # Whatever a benchmark before has set.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
 
     def case(name: str = "4 a group", B: int = 2, H: int = 7, layout: str = "channels_last", dtype: torch.dtype = torch.float32) -> str:
         (x, *convolution), _ = operands(name, dtype, layout)

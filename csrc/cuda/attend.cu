@@ -71,7 +71,8 @@ template <class A> __global__ __launch_bounds__(kThreads, kResident<A>) void _at
       for (int64_t b = threadIdx.x; b < f.B; b += kThreads) total[0] += reduced[b * f.D + d];
       sum_of_block(total, shared_memory<double>());
       const double average = total[0] / static_cast<double>(f.B);
-      for (int64_t b = threadIdx.x; b < f.B; b += kThreads) squares[0] += (reduced[b * f.D + d] - average) * (reduced[b * f.D + d] - average);
+      for (int64_t b = threadIdx.x; b < f.B; b += kThreads)
+        squares[0] += (reduced[b * f.D + d] - average) * (reduced[b * f.D + d] - average);
       sum_of_block(squares, shared_memory<double>());
       mean = static_cast<A>(average);
       var = static_cast<A>(squares[0] / static_cast<double>(f.B));
@@ -97,8 +98,8 @@ template <class A> __global__ __launch_bounds__(kThreads, kResident<A>) void _at
     // Columns beyond the last one are as that, and left out.
     const auto column = [&](int i) { return first + i % kColumns; };
     const auto row_of = [&](int i) { return i / kColumns * C + (column(i) < C ? column(i) : C - 1); };
-    multiply_rows<8, kRows>(f.fc_select, static_cast<int>(f.M) * kColumns, static_cast<int>(f.D), hidden + b * f.D, static_cast<int>(images),
-                            row_of, [&](int image, int i, A logit) {
+    multiply_rows<8, kRows>(f.fc_select, static_cast<int>(f.M) * kColumns, static_cast<int>(f.D), hidden + b * f.D,
+                            static_cast<int>(images), row_of, [&](int image, int i, A logit) {
                               if (column(i) >= C) return;
                               a[(b + image) * wide + row_of(i)] =
                                   logit + (f.select_bias.data == nullptr ? A(0) : at<A>(f.select_bias, row_of(i)));
@@ -112,8 +113,8 @@ template <class A> __global__ __launch_bounds__(kThreads, kResident<A>) void _at
 // Of a product: a block has so many rows, its columns side by side, and so many slices of what is summed over.
 constexpr int kProductRows = 6, kSlices = kThreads / kColumns;
 
-// out[row * row_step + column * column_step] = sum_k left[row * left_row + k * left_k] right[k * columns + column], of kProductRows rows from
-// `row` on and of kColumns columns; with `sums`, those of the columns of `right` as well.
+// out[row * row_step + column * column_step] = sum_k left[row * left_row + k * left_k] right[k * columns + column], of kProductRows rows
+// from `row` on and of kColumns columns; with `sums`, those of the columns of `right` as well.
 template <class A>
 __device__ void product(int64_t row, int64_t rows, int64_t tile, int64_t columns, int64_t length, const A* left, int64_t left_row,
                         int64_t left_k, const Array& right, A* out, int64_t row_step, int64_t column_step, A* sums) {
@@ -142,7 +143,8 @@ __device__ void product(int64_t row, int64_t rows, int64_t tile, int64_t columns
   if (sums != nullptr) sums[column] = total[kProductRows];
 }
 
-template <class A> __global__ __launch_bounds__(kThreads, kResident<A>) void _attend_backward_kernel(const __grid_constant__ AttendBackward f) {
+template <class A>
+__global__ __launch_bounds__(kThreads, kResident<A>) void _attend_backward_kernel(const __grid_constant__ AttendBackward f) {
   const A *const da = static_cast<const A*>(f.da), *const a = static_cast<const A*>(f.a), *const s = static_cast<const A*>(f.s);
   const A *const reduced = static_cast<const A*>(f.reduced), *const mean = static_cast<const A*>(f.mean);
   const A* const var = static_cast<const A*>(f.var);
@@ -218,12 +220,12 @@ template <class A> __global__ __launch_bounds__(kThreads, kResident<A>) void _at
   const int64_t first = image_rows * narrow_tiles, second = first + hidden_rows * narrow_tiles, all = second + hidden_rows * wide_tiles;
   for (int64_t item = blockIdx.x; item < all; item += gridDim.x) {
     if (item < first) {
-      product<A>(item / narrow_tiles * kProductRows, f.B, item % narrow_tiles, f.C, f.D, dreduced, f.D, 1, f.fc_reduce, static_cast<A*>(f.ds), f.C,
-                 1, nullptr);
+      product<A>(item / narrow_tiles * kProductRows, f.B, item % narrow_tiles, f.C, f.D, dreduced, f.D, 1, f.fc_reduce,
+                 static_cast<A*>(f.ds), f.C, 1, nullptr);
     } else if (item < second) {
       const int64_t i = item - first;
-      product<A>(i / narrow_tiles * kProductRows, f.D, i % narrow_tiles, f.C, f.B, dreduced, 1, f.D, Array{s, type}, static_cast<A*>(f.dfc_reduce),
-                 f.C, 1, nullptr);
+      product<A>(i / narrow_tiles * kProductRows, f.D, i % narrow_tiles, f.C, f.B, dreduced, 1, f.D, Array{s, type},
+                 static_cast<A*>(f.dfc_reduce), f.C, 1, nullptr);
     } else {
       const int64_t i = item - second, row = i / wide_tiles * kProductRows;
       product<A>(row, f.D, i % wide_tiles, wide, f.B, hidden, 1, f.D, Array{dlogits, type}, static_cast<A*>(f.dfc_select), 1, f.D,
@@ -240,9 +242,8 @@ template <class F> static std::string shape_of(const F& f) {
 void attend(const Attend& f, Queue queue) {
   const int64_t groups = quotient(f.B, kRows);
   const int64_t blocks = std::max({quotient(f.B * f.C, kThreads), quotient(groups * f.D, kWarps), groups * quotient(f.C, kColumns), f.D});
-  dispatch_accumulate(f.type, [&]<class A>() {
-    launch<_attend_kernel<A>>("attend", f, blocks, {.cooperative = true}, kWarps * sizeof(double), queue, f);
-  });
+  dispatch_accumulate(
+      f.type, [&]<class A>() { launch<_attend_kernel<A>>("attend", f, blocks, Blocks::together, kWarps * sizeof(double), queue, f); });
 }
 
 void attend_backward(const AttendBackward& f, Queue queue) {
@@ -250,8 +251,7 @@ void attend_backward(const AttendBackward& f, Queue queue) {
   const int64_t products = (quotient(f.B, kProductRows) + hidden) * quotient(f.C, kColumns) + hidden * quotient(f.M * f.C, kColumns);
   const int64_t blocks = std::max({quotient(f.B * f.C, kThreads), quotient(f.B, kRows) * quotient(f.D, kDepth), products, f.D});
   dispatch_accumulate(f.type, [&]<class A>() {
-    launch<_attend_backward_kernel<A>>("attend_backward", f, blocks, {.cooperative = true},
-                                       (kProductRows + 1) * kThreads * sizeof(A), queue, f);
+    launch<_attend_backward_kernel<A>>("attend_backward", f, blocks, Blocks::together, (kProductRows + 1) * kThreads * sizeof(A), queue, f);
   });
 }
 

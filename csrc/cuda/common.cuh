@@ -47,7 +47,8 @@ template <int kBytes> __device__ __forceinline__ void copy_async(unsigned char* 
   if constexpr (kBytes == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(there ? 16 : 0) : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(kBytes), "r"(there ? kBytes : 0) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(kBytes), "r"(there ? kBytes : 0)
+                 : "memory");
 }
 __device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until no more than kLeft groups are under way.
@@ -309,8 +310,7 @@ template <bool kChannelsLast, int V> constexpr size_t streamed = kChannelsLast &
 // Calls tile.begin(first) when the first copies are under way, then tile.use(t, vectors, offset, step, count) for every kTogether of the
 // tensors t < tile.tensors() of every batch: `count` of Tile::kBatch vectors, which are `step` values apart, of the first tensor, then of
 // the next. All batches of a tensor are `steps` vectors from `first` on.
-template <int V, class T, class Tile>
-__device__ __forceinline__ void stream(Tile& tile, int64_t first, int step, int steps) {
+template <int V, class T, class Tile> __device__ __forceinline__ void stream(Tile& tile, int64_t first, int step, int steps) {
   constexpr int kBatch = Tile::kBatch, kTogether = Tile::kTogether, kStages = kUnderWay / (kBatch * kTogether), kSlot = kThreads * 16;
   constexpr int kStage = kBatch * kTogether * kSlot;
   struct Cursor {
@@ -428,8 +428,7 @@ template <bool kChannelsLast, int V> struct Place {
   }
 
  private:
-  template <class T, int kWidth, int kCount, class Tile>
-  static __device__ __forceinline__ void take(Tile& tile, int64_t offset, int step) {
+  template <class T, int kWidth, int kCount, class Tile> static __device__ __forceinline__ void take(Tile& tile, int64_t offset, int step) {
 #pragma unroll 1
     for (int t = 0; t < tile.tensors(); t += Tile::kTogether) {
       Packed<kWidth, T> vectors[Tile::kTogether * kCount];
@@ -499,69 +498,29 @@ template <auto kernel> int resident_blocks(const char* name, size_t shared, int 
   return blocks;
 }
 
-// A cluster of so many blocks.
-inline cudaLaunchAttribute in_clusters_of(int blocks) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(blocks);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  return attribute;
-}
+// Whether the blocks of a launch wait for each other.
+enum class Blocks { alone, together };
 
-// Whether the current device, which is this one, has room for such a cluster: a small one, or a part of a large one, may not.
-template <auto kernel> bool holds_cluster(const char* name, int cluster, size_t shared, int device) {
-  // For each device, of the latest question: the cluster, the shared memory, and one more than the answer.
-  static std::atomic<uint64_t> known[64];
-  const uint64_t question = static_cast<uint64_t>(cluster) << 48 | uint64_t{shared} << 2;
-  const uint64_t latest = device < 64 ? known[device].load(std::memory_order_relaxed) : 0;
-  if (latest != 0 && (latest & ~uint64_t{3}) == question) return (latest & 3) == 2;
-  allow_shared<kernel>(name, shared, device);
-  cudaLaunchAttribute attribute = in_clusters_of(cluster);
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(cluster));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  int clusters = 0;
-  // A device that cannot have such a cluster at all says so by an error, which is an answer.
-  const bool holds = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0;
-  if (!holds) cudaGetLastError();
-  if (device < 64) known[device].store(question | (holds ? 2 : 1), std::memory_order_relaxed);
-  return holds;
-}
-
-// Whether all blocks wait for each other; or how many blocks a cluster has, which wait for each other: 0, there are none.
-struct Together {
-  bool cooperative = false;
-  int cluster = 0;
-};
-
-// Blocks for `items`, which a kernel takes in turns of gridDim.x; if all wait for each other, no more than the device holds; a kernel
-// of clusters, be they of one block, has a block for every item. shape_of(shaped) says what failed.
+// Blocks for `items`, which a kernel takes in turns of gridDim.x; if all wait for each other, no more than the device holds.
+// shape_of(shaped) says what failed.
 template <auto kernel, class Shaped, class Parameters>
-void launch(const char* name, const Shaped& shaped, int64_t items, Together together, size_t shared, Queue queue,
+void launch(const char* name, const Shaped& shaped, int64_t items, Blocks blocks, size_t shared, Queue queue,
             const Parameters& parameters) {
   take_device(name, queue.device);
   const int resident = resident_blocks<kernel>(name, shared, queue.device);
-  const int64_t most = together.cluster > 0 ? items : together.cooperative ? resident : int64_t{resident} * 64;
+  const int64_t most = blocks == Blocks::together ? resident : int64_t{resident} * 64;
   cudaLaunchAttribute attribute{};
-  if (together.cluster > 0) {
-    attribute = in_clusters_of(together.cluster);
-  } else {
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-  }
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(std::max<int64_t>(1, std::min(items, most))));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = shared;
   config.stream = queue.stream;
   config.attrs = &attribute;
-  config.numAttrs = together.cooperative || together.cluster > 0 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, parameters), name, [&] {
-    return "grid " + std::to_string(config.gridDim.x) + ", block " + std::to_string(kThreads) + ", " + shape_of(shaped);
-  });
+  config.numAttrs = blocks == Blocks::together ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, parameters), name,
+        [&] { return "grid " + std::to_string(config.gridDim.x) + ", block " + std::to_string(kThreads) + ", " + shape_of(shaped); });
 }
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }

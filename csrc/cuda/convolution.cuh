@@ -110,7 +110,8 @@ struct Layout {
 struct Pixels {
   int image, first_column, width, kind, start, count;
 
-  __device__ __forceinline__ Pixels(const Cut& cut, int tile) : image(0), first_column(0), width(cut.columns), kind(0), start(tile * cut.run) {
+  __device__ __forceinline__ Pixels(const Cut& cut, int tile)
+      : image(0), first_column(0), width(cut.columns), kind(0), start(tile * cut.run) {
     if (cut.strips > 1) {
       const int strip = tile / cut.strip_tiles, of_image = strip % cut.strips;
       image = strip / cut.strips;

@@ -10,8 +10,8 @@
 
 namespace sk::cuda {
 
-// Four matrices of 8 rows of 16 bytes: lane i gives the place of row i % 8 of matrix i / 8, in bytes from `base` on, and gets of each matrix
-// the two values 2t and 2t + 1 of row g.
+// Four matrices of 8 rows of 16 bytes: lane i gives the place of row i % 8 of matrix i / 8, in bytes from `base` on, and gets of each
+// matrix the two values 2t and 2t + 1 of row g.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const unsigned char* base, int row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -31,9 +31,9 @@ __device__ __forceinline__ void multiply_add(__nv_bfloat16, float (&c)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Four warps together, on compute capability 9.0 alone: the same product with 16 rows of A of each warp, as above, and all columns of B, out
-// of shared memory: rows of 64 bytes, of which 32 from `rows` bytes after `base` on are meant, in the order of place<64>, the first at a
-// multiple of 512 bytes. c += a b is done once it has been waited for; neither c nor a is to be touched before.
+// Four warps together, on compute capability 9.0 alone: the same product with 16 rows of A of each warp, as above, and all columns of B,
+// out of shared memory: rows of 64 bytes, of which 32 from `rows` bytes after `base` on are meant, in the order of place<64>, the first at
+// a multiple of 512 bytes. c += a b is done once it has been waited for; neither c nor a is to be touched before.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr bool kFourWarpsTogether = true;
 // Address; rows in groups of eight that are 512 bytes apart; swizzled in 64 bytes (PTX ISA, "Matrix descriptor").
@@ -41,40 +41,42 @@ __device__ __forceinline__ uint64_t matrix_descriptor(const unsigned char* base,
   return uint64_t{(shared_address(base) + rows) >> 4 & 0x3fff} | uint64_t{1} << 16 | uint64_t{512 >> 4} << 32 | uint64_t{2} << 62;
 }
 #define SK_FOUR(x) "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])
-__device__ __forceinline__ void multiply_add_wide(__half, float (&c)[8][4], const uint32_t (&a)[4], const unsigned char* base, int rows) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
-      : SK_FOUR(c[0]), SK_FOUR(c[1]), SK_FOUR(c[2]), SK_FOUR(c[3]), SK_FOUR(c[4]), SK_FOUR(c[5]), SK_FOUR(c[6]), SK_FOUR(c[7])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix_descriptor(base, rows)));
-}
-__device__ __forceinline__ void multiply_add_wide(__nv_bfloat16, float (&c)[8][4], const uint32_t (&a)[4], const unsigned char* base, int rows) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
-      : SK_FOUR(c[0]), SK_FOUR(c[1]), SK_FOUR(c[2]), SK_FOUR(c[3]), SK_FOUR(c[4]), SK_FOUR(c[5]), SK_FOUR(c[6]), SK_FOUR(c[7])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix_descriptor(base, rows)));
-}
-__device__ __forceinline__ void multiply_add_wide(__half, float (&c)[16][4], const uint32_t (&a)[4], const unsigned char* base, int rows) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
-      : SK_FOUR(c[0]), SK_FOUR(c[1]), SK_FOUR(c[2]), SK_FOUR(c[3]), SK_FOUR(c[4]), SK_FOUR(c[5]), SK_FOUR(c[6]), SK_FOUR(c[7]), SK_FOUR(c[8]), SK_FOUR(c[9]), SK_FOUR(c[10]), SK_FOUR(c[11]), SK_FOUR(c[12]), SK_FOUR(c[13]), SK_FOUR(c[14]), SK_FOUR(c[15])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix_descriptor(base, rows)));
-}
-__device__ __forceinline__ void multiply_add_wide(__nv_bfloat16, float (&c)[16][4], const uint32_t (&a)[4], const unsigned char* base, int rows) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
-      : SK_FOUR(c[0]), SK_FOUR(c[1]), SK_FOUR(c[2]), SK_FOUR(c[3]), SK_FOUR(c[4]), SK_FOUR(c[5]), SK_FOUR(c[6]), SK_FOUR(c[7]), SK_FOUR(c[8]), SK_FOUR(c[9]), SK_FOUR(c[10]), SK_FOUR(c[11]), SK_FOUR(c[12]), SK_FOUR(c[13]), SK_FOUR(c[14]), SK_FOUR(c[15])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix_descriptor(base, rows)));
-}
+#define SK_SIXTEEN(c, i) SK_FOUR(c[i]), SK_FOUR(c[i + 1]), SK_FOUR(c[i + 2]), SK_FOUR(c[i + 3])
+#define SK_32                                                              \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SK_64                                                                            \
+  SK_32                                                                                  \
+      ", "                                                                               \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+// Of a type for so many columns: the numbers of c's operands, of a's and of b's, and c's registers.
+#define SK_MULTIPLY_ADD_WIDE(T, type, columns, of_c, of_a, of_b, ...)                                                                   \
+  __device__ __forceinline__ void multiply_add_wide(T, float (&c)[columns / 8][4], const uint32_t (&a)[4], const unsigned char* base,   \
+                                                    int rows) {                                                                         \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" of_c "}, {" of_a "}, " of_b ", 1, 1, 1, 0;" \
+                 : __VA_ARGS__                                                                                                          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix_descriptor(base, rows)));                                     \
+  }
+#define SK_MULTIPLY_ADD_WIDE_OF(T, type)                                                                                       \
+  SK_MULTIPLY_ADD_WIDE(T, type, 64, SK_32, "%32, %33, %34, %35", "%36", SK_SIXTEEN(c, 0), SK_SIXTEEN(c, 4))                    \
+  SK_MULTIPLY_ADD_WIDE(T, type, 128, SK_64, "%64, %65, %66, %67", "%68", SK_SIXTEEN(c, 0), SK_SIXTEEN(c, 4), SK_SIXTEEN(c, 8), \
+                       SK_SIXTEEN(c, 12))
+SK_MULTIPLY_ADD_WIDE_OF(__half, "f16")
+SK_MULTIPLY_ADD_WIDE_OF(__nv_bfloat16, "bf16")
+#undef SK_MULTIPLY_ADD_WIDE_OF
+#undef SK_MULTIPLY_ADD_WIDE
+#undef SK_64
+#undef SK_32
+#undef SK_SIXTEEN
 #undef SK_FOUR
 // What was written to registers, and by copies into shared memory, is seen by the products that follow.
 __device__ __forceinline__ void before_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void copies_before_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void close_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int kLeft> __device__ __forceinline__ void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory"); }
+template <int kLeft> __device__ __forceinline__ void wait_for_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
+}
 #else
 constexpr bool kFourWarpsTogether = false;
 template <class T, int kAlong>

@@ -64,8 +64,8 @@ void squeeze(const Branches& ys, const Norms& norms, Act act, void* mean, void* 
              Queue queue);
 
 // mean, scale, bias: A (M, C).
-void select_backward_sums(const void* g, const Branches& ys, const void* mean, const void* scale, const void* bias, Act act, const Sums& out,
-                          Queue queue);
+void select_backward_sums(const void* g, const Branches& ys, const void* mean, const void* scale, const void* bias, Act act,
+                          const Sums& out, Queue queue);
 
 // All A: a, R1, R2, K1, K2 (B, M, C); ds, t (B, C); r, scale, dweight, dbias, p, q (M, C).
 struct FoldBackward {

@@ -150,7 +150,7 @@ void select(const Branches& ys, const void* mean, const void* scale, const void*
   Select f{ys, {}, alike(v, ys.y, ys.M), act, mean, scale, bias, a, v};
   dispatch(ys, f.vectors && all_aligned(v, mean, scale, bias, a), [&]<class T, bool kChannelsLast, int V>() {
     f.s = geometry(ys, V, kBlock);
-    launch<_select_kernel<T, kChannelsLast, V>>("select", ys, f.s.items(), {}, streamed<kChannelsLast, V>, queue, f);
+    launch<_select_kernel<T, kChannelsLast, V>>("select", ys, f.s.items(), Blocks::alone, streamed<kChannelsLast, V>, queue, f);
   });
 }
 
@@ -160,7 +160,8 @@ void select_backward(const void* g, const Branches& ys, const void* mean, const 
   std::copy_n(dys, ys.M, f.dy);
   dispatch(ys, f.vectors && all_aligned(g, mean, scale, bias, a, t, p, q), [&]<class T, bool kChannelsLast, int V>() {
     f.s = geometry(ys, V, kBlock);
-    launch<_select_backward_kernel<T, kChannelsLast, V>>("select_backward", ys, f.s.items(), {}, streamed<kChannelsLast, V>, queue, f);
+    launch<_select_backward_kernel<T, kChannelsLast, V>>("select_backward", ys, f.s.items(), Blocks::alone, streamed<kChannelsLast, V>,
+                                                         queue, f);
   });
 }
 

@@ -204,8 +204,8 @@ void branch_statistics(const Branches& ys, void* counts, void* means, void* squa
   dispatch(ys, whole_vectors(ys), [&]<class T, bool kChannelsLast, int V>() {
     const Statistics f{joined(ys), geometry(joined(ys), V, kLoneWarp), alike(ys.y[0], ys.y, ys.M), counts, means, squares, mean, var};
     const size_t shared = std::max(2 * sizeof(double) * kThreads, streamed<kChannelsLast, V>);
-    launch<_branch_statistics_kernel<T, kChannelsLast, V>>("branch_statistics", ys, blocks_of(f.s, f.ys), {.cooperative = true}, shared,
-                                                           queue, f);
+    launch<_branch_statistics_kernel<T, kChannelsLast, V>>("branch_statistics", ys, blocks_of(f.s, f.ys), Blocks::together, shared, queue,
+                                                           f);
   });
 }
 
@@ -380,8 +380,8 @@ template <int kSums, bool kWeighted> static void launch_squeeze(const char* name
   f.vectors = alike(f.ys.y[0], f.ys.y, f.ys.M) && (!kWeighted || alike(f.ys.y[0], &f.g, 1));
   dispatch(f.ys, f.vectors && all_aligned(f.ys.y[0], f.mean, f.scale, f.bias), [&]<class T, bool kChannelsLast, int V>() {
     f.s = geometry(f.ys, V, kLoneWarp);
-    launch<_squeeze_kernel<T, kChannelsLast, V, kSums, kWeighted>>(name, f.ys, blocks_of(f.s, f.ys), {.cooperative = f.s.segments > 1},
-                                                                   streamed<kChannelsLast, V>, queue, f);
+    launch<_squeeze_kernel<T, kChannelsLast, V, kSums, kWeighted>>(
+        name, f.ys, blocks_of(f.s, f.ys), f.s.segments > 1 ? Blocks::together : Blocks::alone, streamed<kChannelsLast, V>, queue, f);
   });
 }
 
@@ -434,7 +434,7 @@ static std::string shape_of(const FoldBackward& f) {
 
 void fold_backward(const FoldBackward& f, Queue queue) {
   dispatch_accumulate(f.type, [&]<class A>() {
-    launch<_fold_backward_kernel<A>>("fold_backward", f, f.M * quotient(f.C, kSector), {}, 2 * kThreads * sizeof(A), queue, f);
+    launch<_fold_backward_kernel<A>>("fold_backward", f, f.M * quotient(f.C, kSector), Blocks::alone, 2 * kThreads * sizeof(A), queue, f);
   });
 }
 

@@ -1,14 +1,15 @@
 // unit: the whole eval unit in one launch. x is read once and v written once; the activated branches u never reach device memory.
 //
 // The output is cut into tiles of pixels, of one image or of a few small ones. u lives in a ring of tiles that stays in the L2 cache. The
-// work is a list of items in a fixed order: step i of it has the convolutions of tile i, one or a few of each channel tile, then the
+// work is a list of items in a fixed order: step i of it has the convolutions of tile i, one of each channel tile, then the
 // attention of the images whose last pixels are in tile i - attend_lag, and then the parts of the selection of tile i - lag. Blocks take
 // the items one after the other by a counter, each the next one while it ends the last. So
 //
-//   a convolution of tile t waits for the parts of the selection of tile t - slots, whose place in the ring it takes: slots > lag, or a tile has its own;
+//   a convolution of tile t waits for the parts of the selection of tile t - slots, whose place in the ring it takes;
 //   the attention of an image waits for the convolutions of its tiles, the last of which is t;
 //   a part of the selection of tile t waits for the attention of its images, of which none ends behind tile t + lag - attend_lag.
 //
+// There slots > lag, or every tile has a place.
 // All wait for items that come before them in the list alone, and those have been taken, by blocks that run, and do what they took in that
 // order. Of all items that are not finished the first therefore waits for nobody: it ends, and so does every one after it, however many
 // blocks the device holds at a time, be it one, and in whatever order they run. Beyond that, the lags are only there to make waits short:
@@ -29,13 +30,14 @@ struct Ring {
   Cut cut;
   Layout layout;
   // Tiles that have a place; how many steps later their attention comes, and their selection; pixels of a part of it, and how many parts of
-  // a tile there are; the items of a step, and all. Lanes that share a pixel's channels where it is selected. Images that are attended to at
-  // a time.
+  // a tile there are; the items of a step, and all. Lanes that share a pixel's channels where it is selected. Images that are attended to
+  // at a time.
   Divisor slots;
   int attend_lag, lag, part_pixels, parts;
   Divisor step_items, lanes;
   int items, together;
-  // Of every slot: u, T (M, run, C). Of every image in a tile: sums over its pixels there, row tile + image. Of every image: the attention (M, C).
+  // Of every slot: u, T (M, run, C). Of every image in a tile: sums over its pixels there, row tile + image. Of every image: the attention
+  // (M, C).
   void* u;
   float *sums, *a;
   // The next item; of every tile its finished convolutions, whether the attention of the images that end in it is there, and its finished
@@ -61,8 +63,7 @@ __device__ __forceinline__ void attend_to(const Ring& f, int first_image, int im
   __syncthreads();
   const auto in_order = [](int row) { return row; };
   multiply_rows<kWarp, kAttended>(attention.fc_reduce, D, C, s, images, in_order, [&](int i, int d, float reduced) {
-    hidden[i * D + d] =
-        Column<float>(attention, d, at<float>(attention.given_mean, d), at<float>(attention.given_var, d)).act(reduced);
+    hidden[i * D + d] = Column<float>(attention, d, at<float>(attention.given_mean, d), at<float>(attention.given_var, d)).act(reduced);
   });
   __syncthreads();
   float* const a = f.a + int64_t{first_image} * rows;
@@ -322,8 +323,8 @@ template <class Tile> static void plan_tile(const Unit& f, int device, Plan& pla
   const int behind =
       static_cast<int>(cut.strips == 1 ? quotient(int64_t{cut.area} + cut.run - 2, cut.run) : int64_t{cut.strips} * cut.strip_tiles - 1);
   const int64_t tile = int64_t{f.M} * cut.run * f.C * 2, taken = quotient(plan.blocks, cut.channel_tiles() + plan.parts) + 1;
-  // Most of the L2 cache: x, v and the weights go through it as well. For every wait the steps that are under way at a time, and twice for that
-  // of the convolutions, which take longest, if there is room.
+  // Most of the L2 cache: x, v and the weights go through it as well. For every wait the steps that are under way at a time, and twice for
+  // that of the convolutions, which take longest, if there is room.
   const int64_t room = attribute_of_device(cudaDevAttrL2CacheSize, "unit", device) * int64_t{3} / 4 / tile;
   const int64_t wait = std::clamp<int64_t>((room - behind - 1) / 4, 0, std::min<int64_t>(taken, cut.tiles));
   plan.attend_lag = static_cast<int>(2 * wait);
@@ -385,7 +386,7 @@ void unit(const Unit& f, const std::function<void*(int64_t)>& allocate, Queue qu
   check(cudaMemsetAsync(counts, 0, sizes.counts, queue.stream), "unit", [&] { return "setting its counters to 0, " + shape_of(f); });
   with_type(f.type, [&]<class T>() {
     with_tile(plan.channels, plan.block, plan.wide, [&]<class Tile>() {
-      launch<_unit_kernel<T, Tile>>("unit", f, std::min<int64_t>(items, plan.blocks), {}, plan.shared, queue, ring);
+      launch<_unit_kernel<T, Tile>>("unit", f, std::min<int64_t>(items, plan.blocks), Blocks::alone, plan.shared, queue, ring);
     });
   });
 }

@@ -1,6 +1,6 @@
 // The scheduler of cuda_on_host.h. CUDA_ON_HOST_SEED and CUDA_ON_HOST_PROCESSORS, read at every launch, give the order and how many
-// blocks are resident; CUDA_ON_HOST_L2 is the size of the L2 cache in bytes; CUDA_ON_HOST_CLUSTERS the blocks of the device's largest
-// cluster, 0 if it has none.
+// blocks are resident; CUDA_ON_HOST_L2 is the size of the L2 cache in bytes; CUDA_ON_HOST_CAPABILITY the device's compute capability, 8
+// or 9.
 #include "cuda_on_host.h"
 
 #include <sys/mman.h>
@@ -46,16 +46,8 @@ struct Warp {
   unsigned char values[2][kLanes][16];
 };
 
-struct Block;
-
-struct Cluster {
-  Barrier barrier;
-  std::vector<Block*> blocks;
-};
-
 struct Block {
   unsigned index, running;
-  std::shared_ptr<Cluster> cluster;
   std::unique_ptr<unsigned char[]> shared;
   Barrier barrier;
   std::vector<Warp> warps;
@@ -163,16 +155,6 @@ void wait_for_all_blocks() {
   wait(grid_barrier);
 }
 
-void wait_for_cluster() { wait(current->block->cluster->barrier); }
-
-int block_in_cluster() { return static_cast<int>(current->block->index % current->block->cluster->blocks.size()); }
-
-const void* of_block(const void* p, int rank) {
-  Block* const other = current->block->cluster->blocks[rank];
-  if (other == nullptr) fail("a block reads from one of its cluster that has ended");
-  return other->shared.get() + (static_cast<const unsigned char*>(p) - current->block->shared.get());
-}
-
 void yield() {
   ready.push_back(current);
   leave(false);
@@ -203,20 +185,18 @@ void others_go_first(bool adds) {
   yield();
 }
 
-void run(unsigned blocks, unsigned threads, size_t shared, bool cooperative, unsigned cluster, const std::function<void()>& thread) {
+void run(unsigned blocks, unsigned threads, size_t shared, bool cooperative, const std::function<void()>& thread) {
   random_state = 0x9e3779b97f4a7c15ull * (setting("CUDA_ON_HOST_SEED", 0) + 1);
-  const unsigned resident = cooperative ? blocks : std::max(cluster, setting("CUDA_ON_HOST_PROCESSORS", 2));
+  const unsigned resident = cooperative ? blocks : setting("CUDA_ON_HOST_PROCESSORS", 2);
   body = &thread;
   gridDim = {blocks};
   grid_waits = cooperative;
   grid_barrier = {};
   grid_barrier.expected = blocks * threads;
   unsigned started = 0, alive = 0;
-  const auto start_block = [&](const std::shared_ptr<Cluster>& of) {
+  const auto start_block = [&] {
     auto* const block = new Block{};
     block->index = started++;
-    block->cluster = of;
-    of->blocks.push_back(block);
     block->running = threads;
     block->shared.reset(new unsigned char[shared]);
     std::memset(block->shared.get(), 0xff, shared);
@@ -242,14 +222,7 @@ void run(unsigned blocks, unsigned threads, size_t shared, bool cooperative, uns
       ready.push_back(fiber);
     }
   };
-  const auto start_clusters = [&] {
-    while (started < blocks && alive + cluster <= resident) {
-      const auto together = std::make_shared<Cluster>();
-      together->barrier.expected = cluster * threads;
-      for (unsigned i = 0; i < cluster; ++i) start_block(together);
-    }
-  };
-  start_clusters();
+  while (started < blocks && alive < resident) start_block();
   while (alive > 0) {
     if (ready.empty()) fail("every thread waits: a barrier that not all reach");
     std::swap(ready[random_number() % ready.size()], ready.back());
@@ -261,26 +234,19 @@ void run(unsigned blocks, unsigned threads, size_t shared, bool cooperative, uns
     free_stacks.push_back(fiber->stack);
     delete fiber;
     if (--block->running == 0) {
-      block->cluster->blocks[block->index % cluster] = nullptr;
       delete block;
       --alive;
-      start_clusters();
+      if (started < blocks) start_block();
     }
   }
 }
 
 }  // namespace cuda_on_host
 
-cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* config) {
-  if (config->attrs->val.clusterDim.x > cuda_on_host::setting("CUDA_ON_HOST_CLUSTERS", 0)) return cudaErrorInvalidConfiguration;
-  *clusters = 1;
-  return cudaSuccess;
-}
-
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const unsigned clusters = cuda_on_host::setting("CUDA_ON_HOST_CLUSTERS", 0);
+  const unsigned capability = cuda_on_host::setting("CUDA_ON_HOST_CAPABILITY", 8);
   const unsigned values[] = {cuda_on_host::setting("CUDA_ON_HOST_PROCESSORS", 2), cuda_on_host::setting("CUDA_ON_HOST_L2", 1 << 20),
-                             clusters ? 9u : 8u, (clusters ? 227u : 99u) * 1024};
+                             capability, (capability == 9 ? 227u : 99u) * 1024};
   *value = static_cast<int>(values[attribute]);
   return cudaSuccess;
 }

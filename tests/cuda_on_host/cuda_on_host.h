@@ -31,10 +31,6 @@ void* shared_bytes();
 void wait_for_block();
 void wait_for_warp(unsigned mask);
 void wait_for_all_blocks();
-void wait_for_cluster();
-int block_in_cluster();
-// In the shared memory of block `rank` of the cluster, what is at p in this block's.
-const void* of_block(const void* p, int rank);
 void yield();
 [[noreturn]] void fail(const char* what);
 // What lane `from` of the warp gives; all lanes of the mask call it.
@@ -52,8 +48,8 @@ std::deque<std::vector<Copy>>& copies();
 // Before and after a count that blocks share is read, or added to.
 void others_go_first(bool adds);
 
-// Runs `thread` for every thread of every block; `cluster` blocks at a time are resident together.
-void run(unsigned blocks, unsigned threads, size_t shared, bool cooperative, unsigned cluster, const std::function<void()>& thread);
+// Runs `thread` for every thread of every block.
+void run(unsigned blocks, unsigned threads, size_t shared, bool cooperative, const std::function<void()>& thread);
 
 }  // namespace cuda_on_host
 
@@ -137,14 +133,11 @@ struct dim3 {
   unsigned x;
   dim3(unsigned x = 1) : x(x) {}
 };
-enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative, cudaLaunchAttributeClusterDimension };
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     int cooperative;
-    struct {
-      unsigned x, y, z;
-    } clusterDim;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -186,22 +179,12 @@ template <class Kernel> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocesso
   return cudaSuccess;
 }
 
-// Of the largest cluster that this device has, at most.
-cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel, const cudaLaunchConfig_t* config);
-template <class... P> cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(P...), const cudaLaunchConfig_t* config) {
-  return cudaOccupancyMaxActiveClusters(clusters, reinterpret_cast<const void*>(kernel), config);
-}
-
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), const A&... arguments) {
   // As a device refuses them.
   if (config->dynamicSmemBytes > std::max<size_t>(48 * 1024, allowed_shared<void (*)(P...)>[kernel]) || config->blockDim.x > 1024)
     return cudaErrorInvalidConfiguration;
-  const bool together = config->numAttrs > 0, clusters = together && config->attrs->id == cudaLaunchAttributeClusterDimension;
-  const unsigned cluster = clusters ? config->attrs->val.clusterDim.x : 1;
-  if (config->gridDim.x % cluster != 0 || cluster > 8) return cudaErrorInvalidConfiguration;
-  cuda_on_host::run(config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, together && !clusters, cluster,
-                    [&] { kernel(arguments...); });
+  cuda_on_host::run(config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, config->numAttrs > 0, [&] { kernel(arguments...); });
   return cudaSuccess;
 }
 
