@@ -88,11 +88,14 @@ class Entry(NamedTuple):
     own_threads: bool = False
 
 
+# What `clock` times.
+Part = Literal["call", "host", "kernels"]
+
 # Of a GPU's clock: about half a millisecond, more than the host takes to launch an operator.
 _BUSY = 1_000_000
 
 
-def clock(device: torch.device, of: Literal["call", "host", "kernels"] = "call") -> Callable[[Callable[[], object]], float]:
+def clock(device: torch.device, of: Part = "call") -> Callable[[Callable[[], object]], float]:
     """Milliseconds of one call: by the host's clock on a CPU, by events with a cold L2 cache on a GPU. There also of the "host" alone, until
     the call returns, to a GPU that has nothing to do; and of the "kernels" alone, the GPU kept busy while they are launched."""
 
@@ -121,7 +124,7 @@ def clock(device: torch.device, of: Literal["call", "host", "kernels"] = "call")
     return events
 
 
-def interleaved(contenders: Mapping, seconds: float, device: torch.device, min_rounds: int = 5, rest: float = 0.0, of: Literal["call", "host", "kernels"] = "call") -> dict:
+def interleaved(contenders: Mapping, seconds: float, device: torch.device, min_rounds: int = 5, rest: float = 0.0, of: Part = "call") -> dict:
     """Milliseconds of every contender in every round: all take their turn in each round, A B C A B C, after one warm-up
     round, for about `seconds`. After a rest of so many, if there is one, a call that is not timed wakes the threads up."""
     measure, times = clock(device, of), {name: [] for name in contenders}
@@ -159,7 +162,7 @@ def race(
     device: torch.device,
     base: str = "timm",
     against: Sequence[str] = ("timm",),
-    of: Literal["call", "host", "kernels"] = "call",
+    of: Part = "call",
 ) -> dict[str, dict]:
     """The parity gate, then the interleaved rounds of all that passed.
 
