@@ -8,28 +8,27 @@
 
 #include "plane.h"
 
-// Of four values in a row what their products need: B^T x.
-SK_INLINE void input_transform(Vec<float>& a, Vec<float>& b, Vec<float>& c, Vec<float>& d) {
-  const Vec<float> x0 = a, x1 = b, x2 = c, x3 = d;
-  a = x0 - x2;
-  b = x1 + x2;
-  c = x2 - x1;
-  d = x1 - x3;
-}
-
-// v[position][tile][channels] of one tile; `pixel` is its first.
+// v[position][tile][channels] of one tile, B^T x B; `pixel` is its first. A column of x B at a time: these fit into registers.
 SK_INLINE void transform_inputs(const float* pixel, int64_t row_step, int64_t column_step, int64_t channels, float* v,
                                 int64_t position_step) {
+  const float *const second = pixel + column_step, *const third = second + column_step, *const fourth = third + column_step;
   for (int64_t k = 0; k < channels; k += kLanes<float>) {
-    Vec<float> x[4][4];
-    for (int i = 0; i < 4; ++i) {
-      for (int j = 0; j < 4; ++j) x[i][j] = load(pixel + i * row_step + j * column_step + k);
-      input_transform(x[i][0], x[i][1], x[i][2], x[i][3]);
-    }
-    for (int j = 0; j < 4; ++j) {
-      input_transform(x[0][j], x[1][j], x[2][j], x[3][j]);
-      for (int i = 0; i < 4; ++i) store(v + (4 * i + j) * position_step + k, x[i][j]);
-    }
+    const auto column = [&](const float* a, const float* b, float sign, int64_t j) {
+      Vec<float> x[4];
+      for (int i = 0; i < 4; ++i) {
+        const Vec<float> from = load(b + i * row_step + k);
+        x[i] = load(a + i * row_step + k) + (sign < 0 ? -from : from);
+      }
+      float* const to = v + j * position_step + k;
+      store(to, x[0] - x[2]);
+      store(to + 4 * position_step, x[1] + x[2]);
+      store(to + 8 * position_step, x[2] - x[1]);
+      store(to + 12 * position_step, x[1] - x[3]);
+    };
+    column(pixel, third, -1, 0);
+    column(second, third, 1, 1);
+    column(third, second, -1, 2);
+    column(second, fourth, -1, 3);
   }
 }
 
@@ -168,6 +167,16 @@ SK_INLINE void output_transform(const float* m, int64_t position_step, Vec<float
   }
 }
 
+// put(pixel, value) for those of a tile's outputs that are in the picture: of most tiles, all.
+template <class F> SK_INLINE void each_output(const Tile& tile, const Vec<float> (&y)[2][2], const F& put) {
+  if (tile.pixel[3] >= 0) {
+    for (int i = 0; i < 4; ++i) put(tile.pixel[i], y[i / 2][i % 2]);
+  } else {
+    for (int i = 0; i < 3; ++i)
+      if (tile.pixel[i] >= 0) put(tile.pixel[i], y[i / 2][i % 2]);
+  }
+}
+
 // What becomes of the outputs of some tiles of image b, kVecs * L channels from channel c on: they go to, or with `add` are added
 // to, images whose pixels are `step` apart.
 template <class T, int kVecs> struct ToImages {
@@ -180,11 +189,10 @@ template <class T, int kVecs> struct ToImages {
       for (int j = 0; j < kVecs; ++j) {
         Vec<float> y[2][2];
         output_transform(m + (t * kVecs + j) * L, position_step, y);
-        for (int i = 0; i < 4; ++i) {
-          if (tiles[t].pixel[i] < 0) continue;
-          T* const to = images + b * image_step + tiles[t].pixel[i] * step + c + j * L;
-          store(to, add ? load(to) + y[i / 2][i % 2] : y[i / 2][i % 2]);
-        }
+        each_output(tiles[t], y, [&](int64_t pixel, Vec<float> value) {
+          T* const to = images + b * image_step + pixel * step + c + j * L;
+          store(to, add ? load(to) + value : value);
+        });
       }
   }
 };
@@ -204,12 +212,11 @@ template <int kVecs, Activation kAct> struct ToBlocks {
       for (int64_t t = 0; t < count; ++t) {
         Vec<float> y[2][2];
         output_transform(m + (t * kVecs + j) * L, position_step, y);
-        for (int i = 0; i < 4; ++i) {
-          if (tiles[t].pixel[i] < 0) continue;
-          const Vec<float> value = y[i / 2][i % 2] + shift;
-          store(block + (tiles[t].pixel[i] * kVecs + j) * L, value);
+        each_output(tiles[t], y, [&](int64_t pixel, Vec<float> value) {
+          value += shift;
+          store(block + (pixel * kVecs + j) * L, value);
           total += act(value);
-        }
+        });
       }
       float* const sum = pooled + b * 2 * channels + c + j * L;
       add_precisely(sum, sum + channels, total);
@@ -231,12 +238,12 @@ SK_INLINE void convolve(const Winograd& s, const T* x, const WeightRows<T>& weig
   float* const side_by_side = m + 16 * m_step;
   // Whose transformed weights u has.
   int64_t transformed = -1;
-  for (int64_t start = 0; start < tiles; start += s.span) {
-    const int64_t count = tiles - start < s.span ? tiles - start : s.span;
-    for (int64_t t = 0; t < count; ++t) {
-      const int64_t in_image = (start + t) % s.tiles;
-      if (in_image == 0) pack(x + s.in.offset(image + (start + t) / s.tiles, s.first_input + group * s.inputs), s.in, s.inputs, plane);
-      const Tile& tile = s.tile[in_image];
+  for (TileOf start{s.tiles}; start.in_task < tiles; start += s.span) {
+    const int64_t count = tiles - start.in_task < s.span ? tiles - start.in_task : s.span;
+    TileOf in = start;
+    for (int64_t t = 0; t < count; ++t, in += 1) {
+      if (in.tile == 0) pack(x + s.in.offset(image + in.image, s.first_input + group * s.inputs), s.in, s.inputs, plane);
+      const Tile& tile = s.tile[in.tile];
       const float* const pixel = plane.row(tile.row - s.dilation) + (tile.column - s.dilation) * s.inputs;
       transform_inputs(pixel, s.dilation * plane.columns * s.inputs, s.dilation * s.inputs, s.inputs, v + t * s.inputs, v_step);
     }
@@ -249,16 +256,16 @@ SK_INLINE void convolve(const Winograd& s, const T* x, const WeightRows<T>& weig
                           kChunk, u_step);
       }
       transformed = c;
+      TileOf out = start;
       for (int64_t from = 0; from < count; from += kTilesOfProduct) {
         const int64_t until = from + kTilesOfProduct < count ? from + kTilesOfProduct : count;
         for (int64_t position = 0; position < 16; ++position)
           for (int64_t t = from; t < until; t += kRows)
             multiply<kRows, kVecs>(v + position * v_step + t * s.inputs, u + position * u_step, s.inputs,
                                    m + position * m_step + (t - from) * kChunk);
-        for (int64_t t = from, end; t < until; t = end) {
-          const int64_t in_task = (start + t) / s.tiles, rest = (in_task + 1) * s.tiles - start;
-          end = until < rest ? until : rest;
-          to(in_task, s.tile + (start + t) % s.tiles, end - t, c, m + (t - from) * kChunk, m_step);
+        for (int64_t t = from, now; t < until; t += now, out += now) {
+          now = until - t < s.tiles - out.tile ? until - t : s.tiles - out.tile;
+          to(out.image, s.tile + out.tile, now, c, m + (t - from) * kChunk, m_step);
         }
       }
     }
@@ -330,15 +337,14 @@ void weight_gradient_tasks(const Winograd& s, const T* x, const T* dy, float* pa
     const int64_t channel = task % (s.groups * chunks) * kChunk, part = task / (s.groups * chunks), group = channel / s.outputs;
     std::memset(du, 0, 16 * du_step * sizeof(float));
     const int64_t begin = part * s.B / s.parts, tiles = ((part + 1) * s.B / s.parts - begin) * s.tiles;
-    for (int64_t start = 0; start < tiles; start += s.span) {
-      const int64_t count = tiles - start < s.span ? tiles - start : s.span;
-      for (int64_t t = 0; t < count; ++t) {
-        const int64_t b = begin + (start + t) / s.tiles, in_image = (start + t) % s.tiles;
-        if (in_image == 0) {
-          pack(x + s.in.offset(b, s.first_input + group * s.inputs), s.in, s.inputs, inputs);
-          pack(dy + s.out.offset(b, channel), s.out, kChunk, gradients);
+    for (TileOf at{s.tiles}; at.in_task < tiles;) {
+      const int64_t count = tiles - at.in_task < s.span ? tiles - at.in_task : s.span;
+      for (int64_t t = 0; t < count; ++t, at += 1) {
+        if (at.tile == 0) {
+          pack(x + s.in.offset(begin + at.image, s.first_input + group * s.inputs), s.in, s.inputs, inputs);
+          pack(dy + s.out.offset(begin + at.image, channel), s.out, kChunk, gradients);
         }
-        const Tile& tile = s.tile[in_image];
+        const Tile& tile = s.tile[at.tile];
         const int64_t rows = s.dilation * inputs.columns, columns = s.dilation;
         transform_inputs(inputs.row(tile.row - columns) + (tile.column - columns) * s.inputs, rows * s.inputs, columns * s.inputs, s.inputs,
                          v + t * s.inputs, v_step);
@@ -371,6 +377,16 @@ namespace sk {
 // The first pixel of a tile's 2 x 2 outputs; and which of the picture's pixels they are, -1 beyond its edges.
 struct Tile {
   int32_t row, column, pixel[4];
+};
+
+// The tiles of a task, one image's after the other's: which one of its image this is, and of which image.
+struct TileOf {
+  const int64_t tiles;
+  int64_t in_task = 0, tile = 0, image = 0;
+  void operator+=(int64_t n) {
+    in_task += n;
+    for (tile += n; tile >= tiles; tile -= tiles) ++image;
+  }
 };
 
 // Tiles that are multiplied by some output channels' weights before these outputs are made: a multiple of kRows. Of the last
