@@ -77,7 +77,7 @@ def extensions() -> tuple[list, dict]:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    sources = ["csrc/library.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
+    sources = sorted(str(path) for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.cpp"))
     # at::parallel_for is a header and needs -fopenmp to be parallel. It is not a link flag: the runtime is the one that
     # libtorch has loaded; a second one would bring a second pool of threads.
     flags = ["-O3", "-g0", "-std=c++20", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-fvisibility=hidden", "-fopenmp"]

@@ -19,8 +19,8 @@ REPOSITORY = ROOT.parent
 # What the figures of a device depend on.
 _PYTHON = ("sk_fused/functional.py", "sk_fused/modules.py", "sk_fused/backends/__init__.py", "sk_fused/backends/reference.py")
 KERNELS = {
-    "cpu": (*_PYTHON, "sk_fused/backends/native.py", "csrc/library.cpp", "csrc/checks.h", "csrc/cpu/*"),
-    "cuda": (*_PYTHON, "sk_fused/backends/*.py", "sk_fused/kernels/*.py", "csrc/library.cpp", "csrc/checks.h", "csrc/cuda/*"),
+    "cpu": (*_PYTHON, "sk_fused/backends/native.py", "csrc/*.*", "csrc/cpu/*"),
+    "cuda": (*_PYTHON, "sk_fused/backends/*.py", "sk_fused/kernels/*.py", "csrc/*.*", "csrc/cuda/*"),
 }
 
 

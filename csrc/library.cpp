@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "cpu/operators.h"
+#include "selective_kernel.h"
 
 // The compiler keeps the strides that an operator is called with: they are asserted.
 static const std::vector<at::Tag> kTags = {at::Tag::pt2_compliant_tag, at::Tag::needs_exact_strides};
@@ -74,6 +75,7 @@ TORCH_LIBRARY_IMPL(sk_fused, Autograd, m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("instruction_set", sk::instruction_set_name);
+  m.def("selective_kernel", sk::selective_kernel);
   // What the CUDA kernels, cuda/bindings.cpp, are built for: "80 90a …"; without them, nothing.
 #ifdef SK_FUSED_CUDA
   m.attr("cuda_architectures") = SK_FUSED_CUDA;

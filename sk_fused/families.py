@@ -187,9 +187,8 @@ class FusedSimCLRSelectiveKernel(Family):
         attention = reduce.weight, _batch_norm(attn_bn), select.weight
         norms, act = _halves(_batch_norm(bn)), _activation(act)
         ours = select.bias is None and type(attn_act) is nn.ReLU
-        if ours and functional.why_not_convolved(x, weights, stride, [1, 1], 1) is None:
-            v = functional.convolved(x, weights, stride, [1, 1], 1, norms, *attention, *act)
-        else:
+        v = functional.convolved(x, weights, stride, [1, 1], 1, norms, *attention, *act) if ours else None
+        if v is None:
             ys = [F.conv2d(x, weight, None, stride, 1) for weight in weights]
             v = functional.selective_kernel(ys, norms, *attention, *act, *_activation(attn_act), select.bias)
         _count_batch(bn, attn_bn)

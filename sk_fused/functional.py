@@ -6,6 +6,7 @@ the select. The backward reads them twice: one reducing pass, one writing pass. 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backends, synchronize
-from .backends import reference
+from .backends import native, reference
 from .backends.reference import accumulate_dtype, branch_shape, layout_of
 
 if TYPE_CHECKING:
@@ -71,14 +72,16 @@ def recomputes() -> bool:
 
 def _move_running_statistics(moments: Sequence[tuple[BatchNorm, Tensor, Tensor]]) -> None:
     """Towards the mean and the unbiased variance of a batch, of every batch-norm that has running statistics."""
-    moving = [moment for moment in moments if moment[0].running_mean is not None]
-    if not moving or recomputes():
+    running, batch, momentums = [], [], []
+    for norm, mean, var in moments:
+        if norm.running_mean is not None:
+            running += norm.running_mean, norm.running_var
+            batch += mean, var
+            momentums += norm.momentum, norm.momentum
+    if not running or recomputes():
         return
-    running = [vector for norm, *_ in moving for vector in (norm.running_mean, norm.running_var)]
-    batch = [vector for _, *vectors in moving for vector in vectors]
-    momentums = [norm.momentum for norm, *_ in moving for _ in range(2)]
     with torch.no_grad():
-        moved = [vector.to(target.dtype) for vector, target in zip(running, batch)]
+        moved = [_cast(vector, target.dtype) for vector, target in zip(running, batch)]
         torch._foreach_lerp_(moved, batch, _factors(momentums, batch))
         for vector, result in zip(running, moved):
             if vector is not result:
@@ -87,11 +90,7 @@ def _move_running_statistics(moments: Sequence[tuple[BatchNorm, Tensor, Tensor]]
 
 def _unbiased(batches: Sequence[tuple[Tensor, Tensor, int | Tensor]]) -> list[Tensor]:
     """mean and unbiased variance of every batch, from its mean, its biased variance and its count."""
-    if not batches:
-        return []
-    means, variances, counts = zip(*batches)
-    variances = torch._foreach_mul(variances, _factors([count / (count - 1) for count in counts], variances))
-    return [moment for moments in zip(means, variances) for moment in moments]
+    return [moment for mean, var, count in batches for moment in (mean, var * (count / (count - 1)))]
 
 
 def _factors(factors: list[float | Tensor], vectors: Sequence[Tensor]) -> list[float] | list[Tensor]:
@@ -153,7 +152,7 @@ def selective_kernel(
     """
     _check(branches, norms, fc_reduce, fc_select, activation)
     acts = (activation, float(negative_slope)), (attn_activation, float(attn_negative_slope))
-    return _unit(branches, None, branches[0].shape, norms, fc_reduce, attn_norm, fc_select, select_bias, *acts)
+    return _unit(backends.choose(branches), branches, None, branches[0].shape, norms, fc_reduce, attn_norm, fc_select, select_bias, *acts)
 
 
 def convolved_selective_kernel(
@@ -195,20 +194,27 @@ def convolved_selective_kernel(
     return convolved(x, weights, stride, dilations, groups, norms, fc_reduce, attn_norm, fc_select, activation, negative_slope)
 
 
-def convolved(x, weights, stride, dilations, groups, norms, fc_reduce, attn_norm, fc_select, activation, negative_slope) -> Tensor:
-    """`convolved_selective_kernel` of convolutions that are known to be taken."""
-    dtype = _autocast_dtype(x)
-    x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+def convolved(x, weights, stride, dilations, groups, norms, fc_reduce, attn_norm, fc_select, activation, negative_slope) -> Tensor | None:
+    """`convolved_selective_kernel`, or None if the convolutions are not taken."""
+    backend, dtype = backends.choose([x]), _autocast_dtype(x)
+    if backend.why_not_convolve(x.shape, dtype, [w.shape for w in weights], stride, dilations, groups, x.device):
+        return None
+    x, weights = _cast(x, dtype), [_cast(weight, dtype) for weight in weights]
     shape = branch_shape(x, weights, stride)
     _check_unit(x, shape, len(weights), norms, fc_reduce, fc_select, activation)
-    convolution = stride, list(dilations), groups
-    return _unit([x, *weights], convolution, shape, norms, fc_reduce, attn_norm, fc_select, None, (activation, float(negative_slope)), _RELU)
+    convolution, act = (stride, list(dilations), groups), (activation, float(negative_slope))
+    return _unit(backend, [x, *weights], convolution, shape, norms, fc_reduce, attn_norm, fc_select, None, act, _RELU)
 
 
 def why_not_convolved(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int) -> str | None:
     """The reason why `convolved_selective_kernel` does not take these in the backend in use, or None."""
     shapes = [w.shape for w in weights]
     return backends.choose([x]).why_not_convolve(x.shape, _autocast_dtype(x), shapes, stride, dilations, groups, x.device)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """tensor.to(dtype), which takes longer to find that there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:
@@ -223,21 +229,15 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
 _RELU = "relu", 0.0
 
 
-def _unit(tensors, convolution, shape, norms, fc_reduce, attn_norm, fc_select, select_bias, act, attn_act) -> Tensor:
+def _unit(backend, tensors, convolution, shape, norms, fc_reduce, attn_norm, fc_select, select_bias, act, attn_act) -> Tensor:
     """Of branches of this shape: the `tensors`, or, with a convolution (stride, dilations, groups), made from these: x and
     the weights."""
     _check_attn_act(attn_act, select_bias, fc_select, tensors[0])
     for norm in norms:
         norm.check("norms", shape, tensors[0].device)
     attn_norm.check("attn_norm", (shape[0], fc_reduce.shape[0], 1, 1), tensors[0].device)
-    v, *moments = _apply(
-        _SelectiveKernel,
-        backends.choose(tensors if convolution is None else tensors[:1]),
-        convolution,
-        act,
-        attn_act,
-        tuple(norms),
-        attn_norm,
+    call = convolution, act, attn_act, tuple(norms), attn_norm
+    leaves = (
         fc_reduce,
         attn_norm.weight,
         attn_norm.bias,
@@ -247,7 +247,12 @@ def _unit(tensors, convolution, shape, norms, fc_reduce, attn_norm, fc_select, s
         *(norm.bias for norm in norms),
         *tensors,
     )
-    moved = [*zip(norms, *moments[:2])] if norms[0].training else []
+    if backend is native and not torch.compiler.is_compiling() and norms[0].group is None and attn_norm.group is None:
+        differentiable = functools.partial(_differentiable, _SelectiveKernel, call, [*norms, attn_norm])
+        v, *moments = native.selective_kernel(differentiable, *call, *leaves)
+    else:
+        v, *moments = _apply(_SelectiveKernel, backend, *call, *leaves)
+    moved = [*zip(norms, moments[0].unbind(), moments[1].unbind())] if norms[0].training else []
     if attn_norm.training:
         moved.append((attn_norm, *moments[-2:]))
     _move_running_statistics(moved)
@@ -411,7 +416,7 @@ class _SelectiveKernel(torch.autograd.Function):
                 wanted = [needs_x, any(needs_kernels)]
                 dx, dkernels = backend.branch_backward(g, x, kernels, *convolution, ys, mean, scale, bias, a, t, p, q, *act, wanted)
                 dtensors = dx, *(dkernels or [None] * len(kernels))
-        gradients = *dattn, *dweight, *dbias, *dtensors
+        gradients = *dattn, *dweight.unbind(), *dbias.unbind(), *dtensors
         return *(None,) * 6, *(gradient if need else None for gradient, need in zip(gradients, needs))
 
 

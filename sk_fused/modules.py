@@ -202,10 +202,11 @@ class FusedSelectiveKernel(nn.Module):
         convs = [path._modules["conv"] for path in paths]
         weights = [conv.weight for conv in convs]
         convolution = convs[0].stride[0], [conv.dilation[0] for conv in convs], convs[0].groups
-        if self._are_plain(convs) and functional.why_not_convolved(x, weights, *convolution) is None:
+        if self._are_plain(convs):
             v = functional.convolved(x, weights, *convolution, norms, fc_reduce, attn_norm, fc_select, *activation)
-            _count_batch(attn.bn, *bns)
-            return v
+            if v is not None:
+                _count_batch(attn.bn, *bns)
+                return v
 
         def unit(xs: Sequence[Tensor]) -> Tensor:
             ys = [conv(x_m) for conv, x_m in zip(convs, xs)]

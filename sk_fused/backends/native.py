@@ -57,6 +57,8 @@ def why_not_convolve(
 
 
 if _C is not None:
+    # All steps, forward and backward, in one call: functional._SelectiveKernel.
+    selective_kernel = _C.selective_kernel
     branch_statistics = torch.ops.sk_fused.branch_statistics.default
     branch = torch.ops.sk_fused.branch.default
     squeeze = torch.ops.sk_fused.squeeze.default
