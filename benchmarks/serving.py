@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import figures, harness
 from .cases import NETWORKS
-from .harness import Benchmark
+from .harness import LAYOUTS, Benchmark
 from .models import QUICK, milliseconds, rows
 
 PEERS = ("timm:compile", "timm:freezing", "onnxruntime", "openvino")
@@ -49,7 +49,7 @@ def options(parser: ArgumentParser) -> None:
     sides = "timm", *PEERS, *OURS, TWIN
     parser.add_argument("--models", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="timm's names")
     parser.add_argument("--contenders", nargs="+", choices=sides, default=list(sides), help="who takes part (default: all); timm eager is what parity is checked beside")
-    parser.set_defaults(seconds=20.0, modes=["eval"])
+    parser.set_defaults(seconds=20.0, modes=["eval"], layouts=list(LAYOUTS))
 
 
 BENCHMARK = Benchmark("serving", __doc__, rows, table, figure, options, QUICK)
