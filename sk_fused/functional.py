@@ -331,6 +331,8 @@ def _attend_backward(backend: ModuleType, act, norm: BatchNorm, da, a, s, reduce
 class _SelectiveKernel(torch.autograd.Function):
     """v; mean and unbiased variance of the batch, of the branches, (M, C), and of the attention, (D,), each where it is used.
 
+    For the native backend in eager mode csrc/selective_kernel.cpp does the same, line by line.
+
     Gradients are for `leaves`: fc_reduce, weight and bias of attn_norm, fc_select, select_bias, the weights of the M norms, their
     biases, and the branches, or x and the weights of its convolutions."""
 

@@ -234,6 +234,12 @@ def test_frozen_is_frozen(side: str):
         assert torch.equal(call(x), before)
 
 
+def test_serving_has_the_options_that_networks_read():
+    """It runs the rows of models."""
+    has, reads = (vars(harness.command_line(benchmark, [])[1]).keys() for benchmark in (serving.BENCHMARK, models.BENCHMARK))
+    assert reads - has <= {"tax"}
+
+
 def test_serving_table_takes_the_fastest_peer():
     def side(ms: float, **ratios: float) -> dict:
         return {"median_ms": ms, "ratio": {other: [0.9 * ratio, ratio, 1.1 * ratio] for other, ratio in ratios.items()}}

@@ -279,6 +279,22 @@ def test_inference_a_few_images_at_a_time(dtype: torch.dtype, layout: str, monke
         assert_all_within({"parts": parts, "whole": whole}, {"parts": timm, "whole": timm}, {"parts": exact, "whole": exact})
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", ["default", "groups, whole input", "three branches", "stride 2", "leaky ReLU 0.3", "not affine", "no running statistics"])
+def test_steps_put_together_in_c_and_in_python_agree_to_the_bit(case: str, mode: str, layout: str, monkeypatch: pytest.MonkeyPatch):
+    """csrc/selective_kernel.cpp and functional._SelectiveKernel."""
+    (unit,) = in_mode(mode, pair(layout=layout, **FUSED[case])[0])
+    twin = copy.deepcopy(unit)
+    (x,) = batches(1, (8, FUSED[case]["in_channels"], 9, 11), layout=layout)
+    in_c = step(unit, x, None, torch.enable_grad())
+    monkeypatch.setattr(sk_fused.functional, "native", None)
+    in_python = step(twin, x, None, torch.enable_grad())
+    assert in_c.keys() == in_python.keys()
+    for name, value in in_c.items():
+        assert torch.equal(value, in_python[name]) and value.stride() == in_python[name].stride(), name
+
+
 @pytest.mark.usefixtures("two_threads")
 def test_two_runs_agree_to_the_bit(backend: str):
     ours, _ = pair(in_channels=16)
