@@ -37,6 +37,9 @@ CASES = {
     "dense, small maps": (32, 144, 1, (5, 7, 7), 1, (1, 2)),
     "dense, many inputs, split": (256, 144, 1, (3, 7, 9), 1, (2, 1)),
     "dense, long rows": (16, 16, 1, (1, 2, 131), 1, (2, 3)),
+    "4 a group, whole sixteens": (64, 64, 16, (3, 13, 9), 1, (1, 2, 3)),
+    "dense, whole, 64 out": (48, 64, 1, (3, 19, 11), 1, (3, 1, 2)),
+    "dense, 128 out, split": (128, 128, 1, (5, 7, 9), 1, (1, 2)),
 }
 LARGE_MAPS = {
     "8 a group, large map": (32, 32, 4, (4, 112, 112), 1, (1, 2)),

@@ -484,14 +484,14 @@ template <auto kernel> void allow_shared(const char* name, size_t shared, int de
 }
 
 // How many blocks of this kernel the current device, which is this one, holds at a time.
-template <auto kernel> int resident_blocks(const char* name, size_t shared, int device) {
+template <auto kernel> int resident_blocks(const char* name, size_t shared, int device, int threads = kThreads) {
   // For each device, of the latest launch.
   static std::atomic<uint64_t> known[64];
   const uint64_t latest = device < 64 ? known[device].load(std::memory_order_relaxed) : 0;
   if (latest >> 32 == shared && latest != 0) return static_cast<int>(latest & 0xffffffff);
   allow_shared<kernel>(name, shared, device);
   int per_processor = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, shared), name,
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, shared), name,
         [] { return "counting resident blocks"; });
   const int blocks = attribute_of_device(cudaDevAttrMultiProcessorCount, name, device) * per_processor;
   if (device < 64) known[device].store(uint64_t{shared} << 32 | static_cast<uint64_t>(blocks), std::memory_order_relaxed);
@@ -505,22 +505,22 @@ enum class Blocks { alone, together };
 // shape_of(shaped) says what failed.
 template <auto kernel, class Shaped, class Parameters>
 void launch(const char* name, const Shaped& shaped, int64_t items, Blocks blocks, size_t shared, Queue queue,
-            const Parameters& parameters) {
+            const Parameters& parameters, int threads = kThreads) {
   take_device(name, queue.device);
-  const int resident = resident_blocks<kernel>(name, shared, queue.device);
+  const int resident = resident_blocks<kernel>(name, shared, queue.device, threads);
   const int64_t most = blocks == Blocks::together ? resident : int64_t{resident} * 64;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(std::max<int64_t>(1, std::min(items, most))));
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared;
   config.stream = queue.stream;
   config.attrs = &attribute;
   config.numAttrs = blocks == Blocks::together ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, parameters), name,
-        [&] { return "grid " + std::to_string(config.gridDim.x) + ", block " + std::to_string(kThreads) + ", " + shape_of(shaped); });
+        [&] { return "grid " + std::to_string(config.gridDim.x) + ", block " + std::to_string(threads) + ", " + shape_of(shaped); });
 }
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }

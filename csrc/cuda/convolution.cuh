@@ -2,52 +2,26 @@
 // batch-norm and the activation in the epilogue, and the sums over the tile's here.
 #pragma once
 
-#include "intrinsics.cuh"
+#include "unit.cuh"
 
 namespace sk::cuda {
-
-constexpr int kTaps = 9;
-
-// A number that others, from 0 to 2^31 - 1, are divided by: n / d = n * (2^shift / d, rounded up) / 2^shift, in three instructions.
-struct Divisor {
-  int value = 1;
-  unsigned factor = 1u << 31;
-  int shift = 31;
-
-  Divisor() = default;
-  explicit __host__ Divisor(int64_t d) : value(static_cast<int>(d)) {
-    while (int64_t{1} << (shift - 31) < d) ++shift;
-    factor = static_cast<unsigned>(((uint64_t{1} << shift) + d - 1) / d);
-  }
-  __host__ __device__ operator int() const { return value; }
-  friend __host__ __device__ __forceinline__ int operator/(int n, const Divisor& d) {
-    return static_cast<int>(static_cast<uint64_t>(static_cast<unsigned>(n)) * d.factor >> d.shift);
-  }
-  friend __host__ __device__ __forceinline__ int operator%(int n, const Divisor& d) { return n - n / d * d.value; }
-};
 
 // A tile has pixels of no more images.
 constexpr int kMostImages = 8;
 
 // A convolution tile: kPixels by kChannels, by as many warps as there are, each with a part of both. Its channels are those of one block,
-// whose inputs are taken 32 at a time, or of several blocks that have kBlock inputs and outputs each. kWide: a warp has all the channels,
-// and four of them do their products together.
-template <int kPixels_, int kChannels_, int kBlock_, bool kWide_> struct Tile {
+// whose inputs are taken 32 at a time, or of several blocks that have kBlock inputs and outputs each.
+template <int kPixels_, int kChannels_, int kBlock_> struct Tile : Columns<kBlock_ < 32 ? kBlock_ : 32> {
   static constexpr int kPixels = kPixels_, kChannels = kChannels_, kBlock = kBlock_;
-  static constexpr bool kSeveral = kBlock < kChannels, kWide = kWide_;
+  static constexpr bool kSeveral = kBlock < kChannels;
   static constexpr int kInputs = kBlock < 32 ? kBlock : 32;
   // In shared memory, bytes of a pixel of x, and of the weights of one tap and output.
   static constexpr int kPixelBytes = (kSeveral ? kChannels : kInputs) * 2, kWeightBytes = kInputs * 2;
-  static constexpr int kColumns = kWide ? kChannels : kBlock < 32 ? kBlock : 32;
+  static constexpr int kColumns = kBlock < 32 ? kBlock : 32;
   static constexpr int kWarpColumns = kChannels / kColumns, kWarpRows = kWarps / kWarpColumns, kRows = kPixels / kWarpRows;
-  // Matrix instructions along both, in a warp. Of kJoined of them a lane has kOwn channels that are side by side.
-  static constexpr int kDown = kRows / 16, kAlong = kColumns / 8, kJoined = kAlong < 4 ? kAlong : 4, kOwn = 2 * kJoined;
-  static_assert(kRows % 16 == 0 && kAlong % kJoined == 0 && kPixels <= kThreads);
-
-  // Which channel column n of the product is: for that a lane has columns 2t and 2t + 1 of each instruction.
-  static __host__ __device__ constexpr int channel_of(int n) {
-    return n / (8 * kJoined) * (8 * kJoined) + n / 2 % 4 * kOwn + n / 8 % kJoined * 2 + n % 2;
-  }
+  // Matrix instructions along the pixels, in a warp.
+  static constexpr int kDown = kRows / 16;
+  static_assert(kRows % 16 == 0 && kPixels <= kThreads);
 };
 
 // How the output is cut into tiles.
@@ -309,30 +283,6 @@ template <class T, class Tile> struct Convolution {
       }
     }
   }
-  // The next 16 inputs are loaded while these are multiplied.
-  template <class RowOfTap>
-  __device__ __forceinline__ void multiply_wide(float (&c)[Tile::kDown][Tile::kAlong][4], int weights, const RowOfTap& row_of_tap) const {
-    constexpr int kTimes = Tile::kInputs / 16;
-    uint32_t left[2][Tile::kDown][4];
-    int row[Tile::kDown];
-#pragma unroll
-    for (int t = 0; t < 3 * kTimes; ++t) {
-      const int tap = t / kTimes, k = t % kTimes;
-#pragma unroll
-      for (int i = 0; i < Tile::kDown; ++i) {
-        if (k == 0) row[i] = row_of_tap(i, tap);
-        load_matrices(left[t % 2][i], shared, row[i] ^ k * 32);
-      }
-      before_products();
-#pragma unroll
-      for (int i = 0; i < Tile::kDown; ++i)
-        multiply_add_wide(T{}, c[i], left[t % 2][i], shared, weights + tap * Tile::kChannels * Tile::kWeightBytes + k * 32);
-      close_products();
-      wait_for_products<1>();
-    }
-    wait_for_products<0>();
-  }
-
   // The batch-norm and the activation of kOwn channels of this lane's pixels, which stay in c and go to u.
   __device__ __forceinline__ void finish_channels(float (&c)[Tile::kDown][Tile::kAlong][4], int q, int m, int own_channel, int first_row,
                                                   T* u) const {
@@ -364,26 +314,6 @@ template <class T, class Tile> struct Convolution {
         }
         if (has_channels && p < count) store_values(to + int64_t{p} * f.C, narrowed);
       }
-  }
-
-  // The sums over the eight lanes 4 apart of kValues each: of the k-th in those lanes that are k of kValues parts of the warp.
-  template <int kValues> static __device__ __forceinline__ float scatter_sums(int lane, float (&x)[kValues]) {
-    int n = kValues;
-#pragma unroll
-    for (int o = 16; o >= 4; o /= 2) {
-      if (n == 1) {
-        x[0] += __shfl_xor_sync(kAllLanes, x[0], o);
-        continue;
-      }
-      n /= 2;
-#pragma unroll
-      for (int k = 0; k < n; ++k) {
-        const bool upper = lane & o;
-        const float given = __shfl_xor_sync(kAllLanes, upper ? x[k] : x[k + n], o);
-        x[k] = (upper ? x[k + n] : x[k]) + given;
-      }
-    }
-    return x[0];
   }
 
   // u of the item's branches: of branch m, the tile's first pixel and its channel 0 are at u_of(m); and of every image of the tile the sums
@@ -424,7 +354,6 @@ template <class T, class Tile> struct Convolution {
 #pragma unroll 1
       for (const int end = step + cut.chunks * 3; step < end; ++step) {
         wait_for_copies<0>();
-        if constexpr (Tile::kWide) copies_before_products();
         __syncthreads();
         // What is filled now was used in the last step.
         if (step + 1 < steps) fill(step + 1);
@@ -436,8 +365,7 @@ template <class T, class Tile> struct Convolution {
           const bool there = center[i] >> (tap_row * 3 + tap) & 1;
           return there ? x + place<Tile::kPixelBytes>((center[i] >> 9) + offset, a_half) : Layout::kZeros;
         };
-        if constexpr (Tile::kWide) multiply_wide(c, weights, row_of_tap);
-        else multiply(c, weights, warp_column, row_of_tap);
+        multiply(c, weights, warp_column, row_of_tap);
       }
 
 #pragma unroll

@@ -31,43 +31,61 @@ __device__ __forceinline__ void multiply_add(__nv_bfloat16, float (&c)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Four warps together, on compute capability 9.0 alone: the same product with 16 rows of A of each warp, as above, and all columns of B,
-// out of shared memory: rows of 64 bytes, of which 32 from `rows` bytes after `base` on are meant, in the order of place<64>, the first at
-// a multiple of 512 bytes. c += a b is done once it has been waited for; neither c nor a is to be touched before.
+// What compute capability 9.0 alone has. Elsewhere nobody asks for it.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-constexpr bool kFourWarpsTogether = true;
-// Address; rows in groups of eight that are 512 bytes apart; swizzled in 64 bytes (PTX ISA, "Matrix descriptor").
-__device__ __forceinline__ uint64_t matrix_descriptor(const unsigned char* base, int rows) {
-  return uint64_t{(shared_address(base) + rows) >> 4 & 0x3fff} | uint64_t{1} << 16 | uint64_t{512 >> 4} << 32 | uint64_t{2} << 62;
-}
+constexpr bool kHopper = true;
+#else
+constexpr bool kHopper = false;
+#endif
+
+// The same value in all lanes, and in a register of the warp.
+__device__ __forceinline__ int same_in_warp(int x) { return __shfl_sync(kAllLanes, x, 0); }
+
+// Of an operand in shared memory 8 rows of 16 bytes each lie side by side, eights of rows too; those of the next 8 values of k lie `apart`
+// bytes later. What the matrix units are given is the lower half of a descriptor (PTX ISA, "Matrix Descriptor", without swizzle); the upper
+// one says that eight rows are 128 bytes.
+struct Matrix {
+  unsigned low;
+  __device__ __forceinline__ Matrix(const unsigned char* shared, int at, int apart)
+      : low((shared_address(shared) + at) >> 4 | static_cast<unsigned>(apart >> 4) << 16) {}
+  __device__ __forceinline__ explicit Matrix(unsigned low) : low(low) {}
+  __device__ __forceinline__ Matrix from(int row) const { return Matrix(low + row); }
+  __device__ __forceinline__ uint64_t descriptor() const { return uint64_t{128 >> 4} << 32 | low; }
+};
+
+// Four warps together: c (+)= the 64 rows of `left` times the columns of `right`, 16 values of k; of C a warp has 16 rows, as above. It is
+// done once it has been waited for; neither c nor what is read may be touched before.
 #define SK_FOUR(x) "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])
 #define SK_SIXTEEN(c, i) SK_FOUR(c[i]), SK_FOUR(c[i + 1]), SK_FOUR(c[i + 2]), SK_FOUR(c[i + 3])
-#define SK_32                                                              \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define SK_64                                                                            \
-  SK_32                                                                                  \
-      ", "                                                                               \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-// Of a type for so many columns: the numbers of c's operands, of a's and of b's, and c's registers.
-#define SK_MULTIPLY_ADD_WIDE(T, type, columns, of_c, of_a, of_b, ...)                                                                   \
-  __device__ __forceinline__ void multiply_add_wide(T, float (&c)[columns / 8][4], const uint32_t (&a)[4], const unsigned char* base,   \
-                                                    int rows) {                                                                         \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" of_c "}, {" of_a "}, " of_b ", 1, 1, 1, 0;" \
-                 : __VA_ARGS__                                                                                                          \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix_descriptor(base, rows)));                                     \
+#define SK_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define SK_16 SK_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define SK_32 SK_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SK_64                                                                                      \
+  SK_32                                                                                            \
+      ", "                                                                                         \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+      "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+// Of a type for so many columns: the numbers of c's operands, of the two descriptors and of what says whether c is added to; c's registers.
+#define SK_MULTIPLY_ADD_SHARED(T, type, columns, of_c, of_left, of_right, of_adds, ...)                                                    \
+  __device__ __forceinline__ void multiply_add_shared(T, float (&c)[columns / 8][4], Matrix left, Matrix right, bool adds) {               \
+    asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " of_adds ", 0;\nwgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type \
+                 " {" of_c "}, " of_left ", " of_right ", adds, 1, 1, 0, 0;\n}"                                                            \
+                 : __VA_ARGS__                                                                                                             \
+                 : "l"(left.descriptor()), "l"(right.descriptor()), "r"(static_cast<int>(adds)));                                          \
   }
-#define SK_MULTIPLY_ADD_WIDE_OF(T, type)                                                                                       \
-  SK_MULTIPLY_ADD_WIDE(T, type, 64, SK_32, "%32, %33, %34, %35", "%36", SK_SIXTEEN(c, 0), SK_SIXTEEN(c, 4))                    \
-  SK_MULTIPLY_ADD_WIDE(T, type, 128, SK_64, "%64, %65, %66, %67", "%68", SK_SIXTEEN(c, 0), SK_SIXTEEN(c, 4), SK_SIXTEEN(c, 8), \
-                       SK_SIXTEEN(c, 12))
-SK_MULTIPLY_ADD_WIDE_OF(__half, "f16")
-SK_MULTIPLY_ADD_WIDE_OF(__nv_bfloat16, "bf16")
-#undef SK_MULTIPLY_ADD_WIDE_OF
-#undef SK_MULTIPLY_ADD_WIDE
+#define SK_MULTIPLY_ADD_SHARED_OF(T, type)                                                                      \
+  SK_MULTIPLY_ADD_SHARED(T, type, 16, SK_8, "%8", "%9", "%10", SK_FOUR(c[0]), SK_FOUR(c[1]))                    \
+  SK_MULTIPLY_ADD_SHARED(T, type, 32, SK_16, "%16", "%17", "%18", SK_SIXTEEN(c, 0))                             \
+  SK_MULTIPLY_ADD_SHARED(T, type, 64, SK_32, "%32", "%33", "%34", SK_SIXTEEN(c, 0), SK_SIXTEEN(c, 4))           \
+  SK_MULTIPLY_ADD_SHARED(T, type, 128, SK_64, "%64", "%65", "%66", SK_SIXTEEN(c, 0), SK_SIXTEEN(c, 4), SK_SIXTEEN(c, 8), SK_SIXTEEN(c, 12))
+SK_MULTIPLY_ADD_SHARED_OF(__half, "f16")
+SK_MULTIPLY_ADD_SHARED_OF(__nv_bfloat16, "bf16")
+#undef SK_MULTIPLY_ADD_SHARED_OF
+#undef SK_MULTIPLY_ADD_SHARED
 #undef SK_64
 #undef SK_32
+#undef SK_16
+#undef SK_8
 #undef SK_SIXTEEN
 #undef SK_FOUR
 // What was written to registers, and by copies into shared memory, is seen by the products that follow.
@@ -77,17 +95,49 @@ __device__ __forceinline__ void close_products() { asm volatile("wgmma.commit_gr
 template <int kLeft> __device__ __forceinline__ void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
 }
-#else
-constexpr bool kFourWarpsTogether = false;
-template <class T, int kAlong>
-__device__ __forceinline__ void multiply_add_wide(T, float (&)[kAlong][4], const uint32_t (&)[4], const unsigned char*, int) {}
-__device__ __forceinline__ void before_products() {}
-__device__ __forceinline__ void copies_before_products() {}
-__device__ __forceinline__ void close_products() {}
-template <int kLeft> __device__ __forceinline__ void wait_for_products() {}
-#endif
 
-// The shared memory that the launch gave the block, where such rows begin at multiples of 512 bytes.
+// A barrier in shared memory, 8 bytes: a phase ends when as many have arrived as it was opened for, and all bytes that are expected have
+// come; then the next one begins. The first has parity 0, and the one before it counts as ended.
+__device__ __forceinline__ void open_barrier(unsigned char* shared, int at, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(shared) + at), "r"(arrivals) : "memory");
+}
+// To all that comes after the threads have met.
+__device__ __forceinline__ void barriers_are_open() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void arrive_at(unsigned char* shared, int at) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(shared) + at) : "memory");
+}
+__device__ __forceinline__ void arrive_expecting(unsigned char* shared, int at, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(shared) + at), "r"(bytes) : "memory");
+}
+// When all that this thread has begun to copy is there.
+__device__ __forceinline__ void arrive_after_copies(unsigned char* shared, int at) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(shared) + at) : "memory");
+}
+// Until the phase of this parity has ended.
+__device__ __forceinline__ void wait_at(unsigned char* shared, int at, int parity) {
+  asm volatile(
+      "{\n.reg .pred ended;\nAGAIN_%=:\nmbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n@ended bra ENDED_%=;\nbra AGAIN_%=;\n"
+      "ENDED_%=:\n}" ::"r"(shared_address(shared) + at),
+      "r"(parity)
+      : "memory");
+}
+// By one thread: into shared memory, both and the bytes multiples of 16; the barrier expects them.
+__device__ __forceinline__ void copy_bulk(unsigned char* shared, int to, const void* from, int bytes, int at) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(shared) + to),
+               "l"(from), "r"(bytes), "r"(shared_address(shared) + at)
+               : "memory");
+}
+// kCount threads of the block, of which each names the same meeting, from 1 to 15.
+template <int kCount> __device__ __forceinline__ void meet_others(int meeting) {
+  asm volatile("bar.sync %0, %1;" ::"r"(meeting), "n"(kCount) : "memory");
+}
+// By all threads of a warpgroup that has kHad registers a thread.
+template <int kHad, int kWanted> __device__ __forceinline__ void take_registers() {
+  if constexpr (kWanted > kHad) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kWanted));
+  else if constexpr (kWanted < kHad) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kWanted));
+}
+
+// The shared memory that the launch gave the block, at a multiple of 1024 bytes.
 __device__ __forceinline__ unsigned char* shared_matrices() {
   extern __shared__ __align__(1024) unsigned char matrices[];
   return matrices;

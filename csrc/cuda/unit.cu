@@ -15,15 +15,9 @@
 // blocks the device holds at a time, be it one, and in whatever order they run. Beyond that, the lags are only there to make waits short:
 // what an item waits for was taken at least as many items ago as there are blocks, if the cache has room for as many tiles.
 
-#include "attention.cuh"
 #include "convolution.cuh"
 
 namespace sk::cuda {
-
-// Vectors of 8 channels that a thread selects at a time, of so many branches, and about how many values a part of the selection has.
-constexpr int kSelected = 3, kSelectedBranches = 2, kPartValues = 16384;
-// Images whose attention a block computes at a time, at most; it reads the weights once for them.
-constexpr int kAttended = 4;
 
 struct Ring {
   Unit unit;
@@ -74,57 +68,6 @@ __device__ __forceinline__ void attend_to(const Ring& f, int first_image, int im
     for (int c = threadIdx.x; c < C; c += kThreads) softmax(a + int64_t{i} * rows + c, f.unit.M, C);
 }
 
-// v = sum_m a_m u_m for some pixels of a tile.
-template <class T> __device__ __forceinline__ void select_part(const Ring& f, int tile, int part) {
-  constexpr int V = 8;
-  const Pixels pixels(f.cut, tile);
-  const int C = f.unit.C, lanes = f.lanes, rows = kThreads / lanes, row = static_cast<int>(threadIdx.x) / f.lanes;
-  const int first = part * f.part_pixels, behind = first + f.part_pixels, end = behind < pixels.count ? behind : pixels.count;
-  const int branch = f.cut.run * C;
-  const T* const u = static_cast<const T*>(f.u) + int64_t{tile % f.slots} * f.unit.M * branch;
-  const int first_image = pixels.first_image(f.cut);
-  const bool one_image = first_image == pixels.last_image(f.cut);
-  if (row >= rows) return;
-  for (int c = (static_cast<int>(threadIdx.x) - row * lanes) * V; c < C; c += lanes * V)
-    for (int p = first + row; p < end; p += rows * kSelected) {
-      float total[kSelected][V] = {};
-      int image[kSelected];
-#pragma unroll
-      for (int j = 0; j < kSelected; ++j)
-        image[j] = one_image ? first_image : pixels.image_of(f.cut, p + j * rows < end ? p + j * rows : p);
-#pragma unroll 1
-      for (int m = 0; m < f.unit.M; m += kSelectedBranches) {
-        uint4 packed[kSelectedBranches][kSelected] = {};
-#pragma unroll
-        for (int b = 0; b < kSelectedBranches; ++b)
-#pragma unroll
-          for (int j = 0; j < kSelected; ++j)
-            if (m + b < f.unit.M && p + j * rows < end)
-              packed[b][j] = load_fresh(reinterpret_cast<const uint4*>(u + ((m + b) * branch + (p + j * rows) * C + c)));
-#pragma unroll
-        for (int b = 0; b < kSelectedBranches; ++b) {
-          if (m + b >= f.unit.M) break;
-          float weights[V];
-#pragma unroll
-          for (int j = 0; j < kSelected; ++j) {
-            if (j == 0 || image[j] != image[j - 1]) {
-              const float4* const from = reinterpret_cast<const float4*>(f.a + (int64_t{image[j]} * f.unit.M + m + b) * C + c);
-              const float4 halves[2] = {load_fresh(from), load_fresh(from + 1)};
-              memcpy(weights, halves, sizeof(weights));
-            }
-            T values[V];
-            memcpy(values, &packed[b][j], sizeof(values));
-#pragma unroll
-            for (int i = 0; i < V; ++i) total[j][i] += weights[i] * widen(values[i]);
-          }
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kSelected; ++j)
-        if (p + j * rows < end) store(static_cast<T*>(f.unit.v) + int64_t{pixels.output(f.cut, p + j * rows)} * C + c, total[j]);
-    }
-}
-
 enum class Work { convolve, attend, select };
 
 // An item of the list.
@@ -161,9 +104,6 @@ struct Item {
       if (image <= pixels.last_image(f.cut)) wait_for(f.attended + f.cut.last_tile(image), 1);
     }
   }
-  static __device__ __forceinline__ void wait_for(const unsigned* count, int all) {
-    while (read_count(count) < static_cast<unsigned>(all)) wait_a_little();
-  }
   __device__ __forceinline__ unsigned* counted(const Ring& f) const {
     return (work == Work::convolve ? f.convolved : work == Work::attend ? f.attended : f.selected) + tile;
   }
@@ -176,8 +116,6 @@ struct Taken {
 static_assert(sizeof(Taken) <= Layout::kWhere);
 
 template <class T, class Tile> __global__ __launch_bounds__(kThreads, 2) void _unit_kernel(const __grid_constant__ Ring f) {
-  // Where four warps cannot multiply together, nobody asks for it.
-  if constexpr (Tile::kWide && !kFourWarpsTogether) return;
   unsigned char* const shared = shared_matrices();
   Taken* const taken = reinterpret_cast<Taken*>(shared);
   Where* const where = reinterpret_cast<Where*>(shared + Layout::kWhere);
@@ -219,30 +157,24 @@ template <class T, class Tile> __global__ __launch_bounds__(kThreads, 2) void _u
       }
     } else {
       take();
-      select_part<T>(f, item.tile, item.index);
+      const Pixels pixels(f.cut, item.tile);
+      const int first = item.index * f.part_pixels, behind = first + f.part_pixels, branch = f.cut.run * f.unit.C;
+      const int first_image = pixels.first_image(f.cut);
+      const bool one_image = first_image == pixels.last_image(f.cut);
+      select_rows<T, WholeBlock>(f.unit, static_cast<const T*>(f.u) + int64_t{item.tile % f.slots} * f.unit.M * branch, branch, f.a, first,
+                                 behind < pixels.count ? behind : pixels.count, f.lanes, [&](int p) {
+                                   return Row{pixels.output(f.cut, p), one_image ? first_image : pixels.image_of(f.cut, p)};
+                                 });
     }
   }
 }
 
 // The tiles that there are: of several small blocks, and of one.
-template <class F> static void with_tile(int channels, int block, bool wide, const F& f) {
-  if (block == 16) f.template operator()<Tile<256, 64, 16, false>>();
-  else if (block == 32) f.template operator()<Tile<256, 64, 32, false>>();
-  else if (channels == 128 && wide) f.template operator()<Tile<128, 128, 128, true>>();
-  else if (channels == 128) f.template operator()<Tile<128, 128, 128, false>>();
-  else if (wide) f.template operator()<Tile<256, 64, 64, true>>();
-  else f.template operator()<Tile<256, 64, 64, false>>();
-}
-
-template <class F> static void with_type(Type type, const F& f) {
-  if (type == Type::float16) f.template operator()<__half>();
-  else f.template operator()<__nv_bfloat16>();
-}
-
-static std::string shape_of(const Unit& f) {
-  return "M = " + std::to_string(f.M) + ", B = " + std::to_string(f.B) + ", x of " + std::to_string(f.channels) + " channels, " +
-         std::to_string(f.H) + " x " + std::to_string(f.W) + ", C = " + std::to_string(f.C) + ", groups = " + std::to_string(f.groups) +
-         ", stride = " + std::to_string(f.stride);
+template <class F> static void with_tile(int channels, int block, const F& f) {
+  if (block == 16) f.template operator()<Tile<256, 64, 16>>();
+  else if (block == 32) f.template operator()<Tile<256, 64, 32>>();
+  else if (channels == 128) f.template operator()<Tile<128, 128, 128>>();
+  else f.template operator()<Tile<256, 64, 64>>();
 }
 
 [[noreturn]] static void refuse(const Unit& f, const std::string& what) { throw std::runtime_error("unit: " + what + ", " + shape_of(f)); }
@@ -253,7 +185,6 @@ constexpr int64_t kMostShared = 99 * 1024;
 // A tile, its shared memory, the blocks that the device holds, and the ring.
 struct Plan {
   int channels, block;
-  bool wide;
   int64_t shared;
   Cut cut;
   Layout layout;
@@ -340,29 +271,21 @@ static Plan plan_of(const Unit& f, int device) {
   const int outputs = f.C / f.groups;
   plan.block = f.inputs <= 16 && f.inputs == outputs ? 16 : f.inputs == 32 && outputs == 32 && f.groups > 1 ? 32 : 0;
   plan.channels = plan.block == 0 && outputs > 64 ? 128 : 64;
-  plan.wide = attribute_of_device(cudaDevAttrComputeCapabilityMajor, "unit", device) == 9;
-  with_tile(plan.channels, plan.block, plan.wide, [&]<class Tile>() { plan_tile<Tile>(f, device, plan); });
+  with_tile(plan.channels, plan.block, [&]<class Tile>() { plan_tile<Tile>(f, device, plan); });
   return plan;
 }
 
-// Bytes of the parts of the scratch memory, in their order, each a multiple of 16.
-struct Scratch {
-  int64_t counts, sums, a, u;
-  Scratch(const Unit& f, const Plan& plan)
-      : counts(whole((1 + 3 * int64_t{plan.cut.tiles}) * sizeof(unsigned))),
-        sums(whole((plan.cut.tiles + f.B) * f.C * sizeof(float))),
-        a(whole(f.B * f.M * f.C * sizeof(float))),
-        u(whole(int64_t{plan.slots} * f.M * plan.cut.run * f.C * 2)) {}
-  static int64_t whole(int64_t bytes) { return quotient(bytes, 16) * 16; }
-};
-
 void unit(const Unit& f, const std::function<void*(int64_t)>& allocate, Queue queue) {
+  if (unit_on_hopper(f, allocate, queue)) return;
   const Plan plan = plan_of(f, queue.device);
-  const Scratch sizes(f, plan);
   const int64_t step_items = plan.cut.channel_tiles() + 1 + plan.parts, items = (int64_t{plan.cut.tiles} + plan.lag) * step_items;
   if (items >= int64_t{1} << 30) refuse(f, "too much for one launch");
-  auto* const bytes = static_cast<unsigned char*>(allocate(sizes.counts + sizes.sums + sizes.a + sizes.u));
-  auto* const counts = reinterpret_cast<unsigned*>(bytes);
+  Parts parts;
+  const int64_t count_bytes = (1 + 3 * int64_t{plan.cut.tiles}) * sizeof(unsigned), count = parts.take(count_bytes);
+  const int64_t sums = parts.take((plan.cut.tiles + f.B) * f.C * sizeof(float)), a = parts.take(f.B * f.M * f.C * sizeof(float));
+  const int64_t u = parts.take(int64_t{plan.slots} * f.M * plan.cut.run * f.C * 2);
+  auto* const bytes = static_cast<unsigned char*>(allocate(parts.bytes));
+  auto* const counts = reinterpret_cast<unsigned*>(bytes + count);
   Ring ring{};
   ring.unit = f;
   ring.cut = plan.cut;
@@ -380,12 +303,12 @@ void unit(const Unit& f, const std::function<void*(int64_t)>& allocate, Queue qu
   ring.convolved = counts + 1;
   ring.attended = ring.convolved + plan.cut.tiles;
   ring.selected = ring.attended + plan.cut.tiles;
-  ring.sums = reinterpret_cast<float*>(bytes + sizes.counts);
-  ring.a = reinterpret_cast<float*>(bytes + sizes.counts + sizes.sums);
-  ring.u = bytes + sizes.counts + sizes.sums + sizes.a;
-  check(cudaMemsetAsync(counts, 0, sizes.counts, queue.stream), "unit", [&] { return "setting its counters to 0, " + shape_of(f); });
+  ring.sums = reinterpret_cast<float*>(bytes + sums);
+  ring.a = reinterpret_cast<float*>(bytes + a);
+  ring.u = bytes + u;
+  check(cudaMemsetAsync(counts, 0, count_bytes, queue.stream), "unit", [&] { return "setting its counters to 0, " + shape_of(f); });
   with_type(f.type, [&]<class T>() {
-    with_tile(plan.channels, plan.block, plan.wide, [&]<class Tile>() {
+    with_tile(plan.channels, plan.block, [&]<class Tile>() {
       launch<_unit_kernel<T, Tile>>("unit", f, std::min<int64_t>(items, plan.blocks), Blocks::alone, plan.shared, queue, ring);
     });
   });

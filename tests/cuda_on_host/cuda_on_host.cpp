@@ -50,6 +50,8 @@ struct Block {
   unsigned index, running;
   std::unique_ptr<unsigned char[]> shared;
   Barrier barrier;
+  // Of some of its threads.
+  Barrier meetings[16];
   std::vector<Warp> warps;
 };
 
@@ -153,6 +155,13 @@ void wait_for_warp(unsigned mask) {
 void wait_for_all_blocks() {
   if (!grid_waits) fail("a block waits for the grid in a launch that is not cooperative");
   wait(grid_barrier);
+}
+
+void wait_for_meeting(int meeting, unsigned count) {
+  Barrier& barrier = current->block->meetings[meeting];
+  if (barrier.arrived > 0 && barrier.expected != count) fail("threads meet in different numbers");
+  barrier.expected = count;
+  wait(barrier);
 }
 
 void yield() {

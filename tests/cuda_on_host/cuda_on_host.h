@@ -31,6 +31,8 @@ void* shared_bytes();
 void wait_for_block();
 void wait_for_warp(unsigned mask);
 void wait_for_all_blocks();
+// `count` threads of the block.
+void wait_for_meeting(int meeting, unsigned count);
 void yield();
 [[noreturn]] void fail(const char* what);
 // What lane `from` of the warp gives; all lanes of the mask call it.
@@ -226,35 +228,83 @@ template <class T> void multiply_add(T, float (&c)[4], const uint32_t (&a)[4], u
   }
 }
 
-constexpr bool kFourWarpsTogether = true;
-// Of the four warps each does its own 16 rows, when it is asked to.
-template <class T, int kAlong>
-void multiply_add_wide(T, float (&c)[kAlong][4], const uint32_t (&a)[4], const unsigned char* base, int first) {
-  const unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  T rows[4][4][2];
-  memcpy(rows, cuda_on_host::gather(a, 16) + g * 64, 64);
-  for (unsigned j = 0; j < kAlong; ++j)
-    for (unsigned e = 0; e < 2; ++e) {
-      float column[16];
-      for (unsigned k = 0; k < 16; ++k) {
-        const unsigned byte = first + (j * 8 + 2 * t + e) * 64 + k * 2;
-        T value;
-        memcpy(&value, base + (byte ^ (byte >> 7 & 3) << 4), sizeof(value));
-        column[k] = as_float(value);
-      }
-      for (unsigned h = 0; h < 2; ++h) {
-        double total = 0;
-        for (unsigned lane = 0; lane < 4; ++lane)
-          for (unsigned half = 0; half < 2; ++half)
-            for (unsigned i = 0; i < 2; ++i) total += double{as_float(rows[lane][2 * half + h][i])} * column[half * 8 + lane * 2 + i];
-        c[j][2 * h + e] += static_cast<float>(total);
-      }
-    }
+constexpr bool kHopper = true;
+
+inline int same_in_warp(int x) {
+  int first;
+  cuda_on_host::exchange(0xffffffff, &x, &first, sizeof(x), 0);
+  return first;
 }
+
+struct Matrix {
+  const unsigned char* at;
+  int apart;
+  Matrix(const unsigned char* shared, int at, int apart) : at(shared + at), apart(apart) {}
+  Matrix from(int row) const {
+    Matrix later = *this;
+    later.at += 16 * row;
+    return later;
+  }
+  template <class T> float operator()(int row, int k) const {
+    T value;
+    memcpy(&value, at + k / 8 * apart + row * 16 + k % 8 * 2, sizeof(value));
+    return as_float(value);
+  }
+};
+
+// Of the four warps each does its own 16 rows, when it is asked to.
+template <class T, int kAlong> void multiply_add_shared(T, float (&c)[kAlong][4], const Matrix& left, const Matrix& right, bool adds) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, warp = threadIdx.x / 32 % 4;
+  for (int h = 0; h < 2; ++h) {
+    float row[16];
+    for (int k = 0; k < 16; ++k) row[k] = left.template operator()<T>(16 * warp + g + 8 * h, k);
+    for (int j = 0; j < kAlong; ++j)
+      for (int e = 0; e < 2; ++e) {
+        double total = 0;
+        for (int k = 0; k < 16; ++k) total += double{row[k]} * right.template operator()<T>(8 * j + 2 * t + e, k);
+        c[j][2 * h + e] = (adds ? c[j][2 * h + e] : 0) + static_cast<float>(total);
+      }
+  }
+}
+
+// A barrier in shared memory.
+struct SharedBarrier {
+  int16_t expected, missing;
+  int32_t parity : 1, bytes : 31;
+
+  static SharedBarrier& of(unsigned char* shared, int at) { return *reinterpret_cast<SharedBarrier*>(shared + at); }
+  void arrive(int arrivals, int more_bytes) {
+    cuda_on_host::others_go_first(true);
+    missing -= arrivals;
+    bytes += more_bytes;
+    if (missing < 0) cuda_on_host::fail("more arrive than a barrier is open for");
+    if (missing > 0 || bytes != 0) return;
+    missing = expected;
+    parity = ~parity;
+  }
+};
+static_assert(sizeof(SharedBarrier) == 8);
+inline void open_barrier(unsigned char* shared, int at, int arrivals) {
+  SharedBarrier::of(shared, at) = {static_cast<int16_t>(arrivals), static_cast<int16_t>(arrivals), 0, 0};
+}
+inline void barriers_are_open() {}
+inline void arrive_at(unsigned char* shared, int at) { SharedBarrier::of(shared, at).arrive(1, 0); }
+inline void arrive_expecting(unsigned char* shared, int at, int bytes) { SharedBarrier::of(shared, at).arrive(1, bytes); }
+inline void wait_at(unsigned char* shared, int at, int parity) {
+  while ((SharedBarrier::of(shared, at).parity & 1) == parity) cuda_on_host::others_go_first(false);
+}
+inline void copy_bulk(unsigned char* shared, int to, const void* from, int bytes, int at) {
+  if (to % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0) cuda_on_host::fail("a copy is not aligned");
+  memcpy(shared + to, from, bytes);
+  SharedBarrier::of(shared, at).arrive(0, -bytes);
+}
+template <int kCount> void meet_others(int meeting) { cuda_on_host::wait_for_meeting(meeting, kCount); }
+template <int kHad, int kWanted> void take_registers() {}
 inline void before_products() {}
 inline void copies_before_products() {}
 inline void close_products() {}
-template <int kLeft> void wait_for_products() {}
+// The lanes multiply one after the other; all of them have done so.
+template <int kLeft> void wait_for_products() { __syncwarp(); }
 inline unsigned char* shared_matrices() { return shared_memory<unsigned char>(); }
 
 // What is copied is there once it has been waited for, and not before.
@@ -272,6 +322,12 @@ template <int kLeft> void wait_for_copies() {
       if (from != nullptr) memcpy(to, from, bytes);
       else memset(to, 0, bytes);
     }
+}
+
+inline void arrive_after_copies(unsigned char* shared, int at) {
+  close_copies();
+  wait_for_copies<0>();
+  arrive_at(shared, at);
 }
 
 template <class V> V load_fresh(const V* p) { return *p; }
