@@ -59,7 +59,7 @@ RUNS = {
     # Where the cache has room for two images, every convolution waits for the selection of the last but one.
     "units, one block": (Host(2, 1, cache=1), "test_convolutions", "match_pytorch and bfloat16 and channels_last"),
     "units, two blocks": (Host(3, 2, cache=1), "test_convolutions", "match_pytorch and float16 and channels_last"),
-    # Where four warps multiply together.
+    # With that kernel of its own.
     "units, 9.0": (Host(5, 3, capability=9), "test_convolutions", "match_pytorch and (bfloat16 or float16)"),
     "units, 9.0, one block": (Host(7, 1, cache=1, capability=9), "test_convolutions", "match_pytorch and bfloat16 and channels_last"),
     "units, 9.0, many blocks": (Host(6, 40, capability=9), "test_convolutions", "match_pytorch and bfloat16 and channels_last"),
@@ -95,14 +95,14 @@ def show(name, layout, arguments):
 for layout in ("contiguous", "channels_last"):
     for name, arguments in test_operators.operands((2, 3, 12, 19, 17), torch.float32, layout).items():
         show(name, layout, arguments)
-    for case in ("8 a group", "dense, small maps", "dense, many inputs, split"):
+    for case in ("8 a group", "dense, 128 out, split", "dense, many inputs, split"):
         show("unit", layout, test_convolutions.operands(case, torch.bfloat16, layout)["unit"])
 """
 
 
 @pytest.mark.parametrize("hosts", [(Host(1, 1, 1), Host(2, 5), Host(3, 40, 100_000)), (Host(1, 1, capability=9), Host(2, 40, capability=9))])
 def test_results_depend_neither_on_the_order_nor_on_the_device(hosts: tuple[Host, ...], library: Path):
-    """To the bit; where four warps multiply together, it may be in another order."""
+    """To the bit; the kernel of compute capability 9.0 sums in another order."""
     results = []
     for host in hosts:
         environment = host.environment(library) | {"PYTHONPATH": str(ROOT)}
@@ -148,7 +148,7 @@ def test_kernels_keep_all_in_registers():
     print("\nregisters", *architectures)
     for name, used in sorted(kernels.items()):
         print(name, *(used[architecture][0] for architecture in architectures))
-    steps = ("branch_statistics", "squeeze", "fold_backward", "attend", "attend_backward", "select", "select_backward", "unit")
+    steps = ("branch_statistics", "squeeze", "fold_backward", "attend", "attend_backward", "select", "select_backward", "unit", "unit_hopper", "unit_prepare")
     assert {name.partition("<")[0] for name in kernels} == {f"_{step}_kernel" for step in steps}
     for name, used in kernels.items():
         assert list(used) == architectures or set(used) == set(architectures), name

@@ -121,6 +121,8 @@ __device__ __forceinline__ void wait_at(unsigned char* shared, int at, int parit
       "r"(parity)
       : "memory");
 }
+// What others stored, and this thread has waited for, is seen by the bulk copies that it begins next.
+__device__ __forceinline__ void copies_after_stores() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 // By one thread: into shared memory, both and the bytes multiples of 16; the barrier expects them.
 __device__ __forceinline__ void copy_bulk(unsigned char* shared, int to, const void* from, int bytes, int at) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(shared) + to),

@@ -19,6 +19,9 @@
 
 namespace sk::cuda {
 
+// Vectors of 8 channels that a thread selects at a time, of so many branches.
+constexpr int kSelected = 3, kSelectedBranches = 2;
+
 struct Ring {
   Unit unit;
   Cut cut;
@@ -66,6 +69,57 @@ __device__ __forceinline__ void attend_to(const Ring& f, int first_image, int im
   __syncthreads();
   for (int i = 0; i < images; ++i)
     for (int c = threadIdx.x; c < C; c += kThreads) softmax(a + int64_t{i} * rows + c, f.unit.M, C);
+}
+
+// v = sum_m a_m u_m for some pixels of a tile.
+template <class T> __device__ __forceinline__ void select_part(const Ring& f, int tile, int part) {
+  constexpr int V = 8;
+  const Pixels pixels(f.cut, tile);
+  const int C = f.unit.C, lanes = f.lanes, rows = kThreads / lanes, row = static_cast<int>(threadIdx.x) / f.lanes;
+  const int first = part * f.part_pixels, behind = first + f.part_pixels, end = behind < pixels.count ? behind : pixels.count;
+  const int branch = f.cut.run * C;
+  const T* const u = static_cast<const T*>(f.u) + int64_t{tile % f.slots} * f.unit.M * branch;
+  const int first_image = pixels.first_image(f.cut);
+  const bool one_image = first_image == pixels.last_image(f.cut);
+  if (row >= rows) return;
+  for (int c = (static_cast<int>(threadIdx.x) - row * lanes) * V; c < C; c += lanes * V)
+    for (int p = first + row; p < end; p += rows * kSelected) {
+      float total[kSelected][V] = {};
+      int image[kSelected];
+#pragma unroll
+      for (int j = 0; j < kSelected; ++j)
+        image[j] = one_image ? first_image : pixels.image_of(f.cut, p + j * rows < end ? p + j * rows : p);
+#pragma unroll 1
+      for (int m = 0; m < f.unit.M; m += kSelectedBranches) {
+        uint4 packed[kSelectedBranches][kSelected] = {};
+#pragma unroll
+        for (int b = 0; b < kSelectedBranches; ++b)
+#pragma unroll
+          for (int j = 0; j < kSelected; ++j)
+            if (m + b < f.unit.M && p + j * rows < end)
+              packed[b][j] = load_fresh(reinterpret_cast<const uint4*>(u + ((m + b) * branch + (p + j * rows) * C + c)));
+#pragma unroll
+        for (int b = 0; b < kSelectedBranches; ++b) {
+          if (m + b >= f.unit.M) break;
+          float weights[V];
+#pragma unroll
+          for (int j = 0; j < kSelected; ++j) {
+            if (j == 0 || image[j] != image[j - 1]) {
+              const float4* const from = reinterpret_cast<const float4*>(f.a + (int64_t{image[j]} * f.unit.M + m + b) * C + c);
+              const float4 halves[2] = {load_fresh(from), load_fresh(from + 1)};
+              memcpy(weights, halves, sizeof(weights));
+            }
+            T values[V];
+            memcpy(values, &packed[b][j], sizeof(values));
+#pragma unroll
+            for (int i = 0; i < V; ++i) total[j][i] += weights[i] * widen(values[i]);
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kSelected; ++j)
+        if (p + j * rows < end) store(static_cast<T*>(f.unit.v) + int64_t{pixels.output(f.cut, p + j * rows)} * C + c, total[j]);
+    }
 }
 
 enum class Work { convolve, attend, select };
@@ -157,14 +211,7 @@ template <class T, class Tile> __global__ __launch_bounds__(kThreads, 2) void _u
       }
     } else {
       take();
-      const Pixels pixels(f.cut, item.tile);
-      const int first = item.index * f.part_pixels, behind = first + f.part_pixels, branch = f.cut.run * f.unit.C;
-      const int first_image = pixels.first_image(f.cut);
-      const bool one_image = first_image == pixels.last_image(f.cut);
-      select_rows<T, WholeBlock>(f.unit, static_cast<const T*>(f.u) + int64_t{item.tile % f.slots} * f.unit.M * branch, branch, f.a, first,
-                                 behind < pixels.count ? behind : pixels.count, f.lanes, [&](int p) {
-                                   return Row{pixels.output(f.cut, p), one_image ? first_image : pixels.image_of(f.cut, p)};
-                                 });
+      select_part<T>(f, item.tile, item.index);
     }
   }
 }

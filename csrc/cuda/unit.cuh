@@ -59,70 +59,9 @@ template <int kValues> __device__ __forceinline__ float scatter_sums(int lane, f
   return x[0];
 }
 
-// Images whose attention is computed at a time, at most; the weights are read once for them.
-constexpr int kAttended = 4;
-
-// The threads of a block as a team: how many there are, and which of them this is.
-struct WholeBlock {
-  static constexpr int kCount = kThreads;
-  static __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); }
-};
-
-// A row of a tile: its pixel in v, or -1 if there is none, and its image.
-struct Row {
-  int pixel, image;
-};
-
-// Vectors of 8 channels that a thread selects at a time, of so many branches, and about how many values a part of the selection has.
-constexpr int kSelected = 3, kSelectedBranches = 2, kPartValues = 16384;
-
-// v = sum_m a_m u_m for rows [first, end) of a tile, which row_of(p) describes. u: its M branches, `branch` values each; `lanes` threads
-// share a row.
-template <class T, class Team, class RowOf>
-__device__ __forceinline__ void select_rows(const Unit& f, const T* u, int branch, const float* a, int first, int end, const Divisor& lanes,
-                                            const RowOf& row_of) {
-  constexpr int V = 8;
-  const int C = f.C, rows = Team::kCount / lanes, own = Team::thread() / lanes;
-  if (own >= rows) return;
-  for (int c = (Team::thread() - own * lanes) * V; c < C; c += lanes * V)
-    for (int p = first + own; p < end; p += rows * kSelected) {
-      float total[kSelected][V] = {};
-      Row row[kSelected];
-#pragma unroll
-      for (int j = 0; j < kSelected; ++j) row[j] = p + j * rows < end ? row_of(p + j * rows) : Row{-1, 0};
-#pragma unroll 1
-      for (int m = 0; m < f.M; m += kSelectedBranches) {
-        uint4 packed[kSelectedBranches][kSelected] = {};
-#pragma unroll
-        for (int b = 0; b < kSelectedBranches; ++b)
-#pragma unroll
-          for (int j = 0; j < kSelected; ++j)
-            if (m + b < f.M && row[j].pixel >= 0)
-              packed[b][j] = load_fresh(reinterpret_cast<const uint4*>(u + ((m + b) * branch + (p + j * rows) * C + c)));
-#pragma unroll
-        for (int b = 0; b < kSelectedBranches; ++b) {
-          if (m + b >= f.M) break;
-          float weights[V];
-#pragma unroll
-          for (int j = 0; j < kSelected; ++j) {
-            if (row[j].pixel < 0) continue;
-            if (j == 0 || row[j - 1].pixel < 0 || row[j].image != row[j - 1].image) {
-              const float4* const from = reinterpret_cast<const float4*>(a + (int64_t{row[j].image} * f.M + m + b) * C + c);
-              const float4 halves[2] = {load_fresh(from), load_fresh(from + 1)};
-              memcpy(weights, halves, sizeof(weights));
-            }
-            T values[V];
-            memcpy(values, &packed[b][j], sizeof(values));
-#pragma unroll
-            for (int i = 0; i < V; ++i) total[j][i] += weights[i] * widen(values[i]);
-          }
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kSelected; ++j)
-        if (row[j].pixel >= 0) store(static_cast<T*>(f.v) + int64_t{row[j].pixel} * C + c, total[j]);
-    }
-}
+// Images whose attention is computed at a time, at most; the weights are read once for them. About how many values a part of the selection
+// has.
+constexpr int kAttended = 4, kPartValues = 16384;
 
 __device__ __forceinline__ void wait_for(const unsigned* count, int all) {
   while (read_count(count) < static_cast<unsigned>(all)) wait_a_little();

@@ -30,6 +30,8 @@ namespace sk::cuda {
 
 // Pixels that a matrix instruction multiplies, and threads that issue it.
 constexpr int kRowsAtOnce = 64, kGroup = 128;
+// Vectors of 16 bytes in a chunk that is selected, of one branch; bytes of all that are on their way; and of what attention computes with.
+constexpr int kChunkVectors = 256, kBufferBytes = 32 * 1024, kAttendedBytes = 12 * 1024;
 
 // A tile: kGroups warpgroups with kBlocks times 64 pixels each, kChannels channels. kTogether: of one chunk of inputs all branches.
 template <int kChannels_, int kBlocks_, int kGroups_, bool kTogether_> struct HopperTile : Columns<kChannels_> {
@@ -41,7 +43,7 @@ template <int kChannels_, int kBlocks_, int kGroups_, bool kTogether_> struct Ho
   static constexpr int kTapBytes = kChannels * 32, kWeightBytes = kTaps * kTapBytes;
   // Registers of a thread: of all warpgroups what the block is launched with, at a multiple of 8.
   static constexpr int kLaunched = 65536 / kThreads / 8 * 8;
-  static constexpr int kCopying = 40, kSelecting = 88, kMultiplying = (kLaunched * (2 + kGroups) - kCopying - kSelecting) / kGroups / 8 * 8;
+  static constexpr int kCopying = 48, kSelecting = 96, kMultiplying = (kLaunched * (2 + kGroups) - kCopying - kSelecting) / kGroups / 8 * 8;
 };
 
 // The parameters as they are read: for a tile of channels, branch and chunk nine taps of (2, kChannels, 8) inputs; of the branches' norms
@@ -49,6 +51,11 @@ template <int kChannels_, int kBlocks_, int kGroups_, bool kTogether_> struct Ho
 struct Prepared {
   uint4* weights;
   float *norms, *reduce, *hidden_norm, *select;
+};
+
+// A row of a tile: its pixel in v, or -1 if there is none, and its image.
+struct Row {
+  int pixel, image;
 };
 
 struct HopperRing {
@@ -73,6 +80,8 @@ struct HopperRing {
   // Tiles that have a place; how much later their selection comes; rows of a part of it, and parts of a tile; items of a step, and all.
   Divisor slots, step_items, lanes;
   int lag, part_rows, parts, items;
+  // Images that are attended to at a time; rows of a chunk that is selected, bytes of a branch of it, and buffers for them.
+  int attended, chunk_rows, chunk_bytes, buffers, buffers_at;
   Prepared prepared;
   // Vectors of weights, and counts, from next_unit on.
   int weight_vectors, counts;
@@ -95,16 +104,10 @@ struct HopperRing {
   }
 };
 
-// Where barriers are: of every stage, that it is full, and that it is empty; of two warpgroups, that it is their turn. Then what a stage
-// belongs to, and what others of a warpgroup are told.
-constexpr int kMostStages = 8, kFull = 0, kEmpty = 64, kTurn = 128, kUnitOf = 160, kNextUnit = 192, kNextItem = 196, kFirst = 256;
-
-// The last warpgroup of a block.
-template <class Tile> struct Selectors {
-  static constexpr int kCount = kGroup;
-  static __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x) % kGroup; }
-  static __device__ __forceinline__ void meet() { meet_others<kGroup>(1 + Tile::kGroups); }
-};
+// Where barriers are: of every stage, that it is full, and that it is empty; of two warpgroups, that it is their turn; of every chunk that is
+// selected, that it is there. Then what a stage belongs to, the unit that is next, and what the chunks are.
+constexpr int kMostStages = 8, kMostBuffers = 4;
+constexpr int kFull = 0, kEmpty = 64, kTurn = 128, kChunkFull = 144, kUnitOf = 176, kNextUnit = 208, kChunks = 256, kFirst = 384;
 
 template <class T, class Tile> __device__ __forceinline__ void copy_units(const HopperRing& f, unsigned char* shared) {
   const int thread = static_cast<int>(threadIdx.x) % kGroup, half = thread % 2;
@@ -154,6 +157,7 @@ template <class T, class Tile> __device__ __forceinline__ void copy_units(const 
           advance();
         }
   }
+  // There is nothing more to do.
   wait_at(shared, kEmpty + 8 * stage, phase ^ 1);
   if (thread == 0) unit_of[stage] = f.units;
   arrive_at(shared, kFull + 8 * stage);
@@ -345,99 +349,210 @@ template <class T, class Tile> struct Multiplier {
   }
 };
 
-// The attention of a few images, by the warpgroup that selects.
-template <class Team> __device__ __forceinline__ void attend_to(const HopperRing& f, int group_rows, int first_image, int images, float* memory) {
-  const int C = f.unit.C, M = f.unit.M, D = static_cast<int>(f.unit.attention.D), warp = Team::thread() / kWarp, lane = Team::thread() % kWarp;
-  float *const s = memory, *const hidden = memory + kAttended * C;
-  for (int i = 0; i < kAttended; ++i) {
-    // Those that are not there are as the last one, and nobody reads what becomes of them.
-    const int image = first_image + (i < images ? i : images - 1);
-    const int first = f.first_row(image) / group_rows + image, end = f.last_row(image) / group_rows + image + 1;
-    for (int c = Team::thread(); c < C; c += Team::kCount) {
+// The attention and the selection, by the last warpgroup. What is selected comes in chunks of a few rows of all branches, which the first
+// thread has copied into shared memory ahead; the attention counts as a chunk, too.
+template <class T, class Tile> struct Selector {
+  static constexpr int V = 8;
+  // What a chunk is: rows [first, end) of a tile; the attention of the images that end in it; the end.
+  enum Kind : int { kSelect, kSelectLast, kAttend, kEnd };
+  struct Chunk {
+    int kind, tile, first, end;
+  };
+
+  const HopperRing& f;
+  unsigned char* const shared;
+  const int thread;
+  // Of the first thread: the next item, where it is in that, and the chunks that it has begun.
+  unsigned next = 0;
+  bool within = false, ended = false;
+  int tile = 0, row = 0, behind = 0, begun = 0;
+
+  __device__ __forceinline__ Selector(const HopperRing& f, unsigned char* shared)
+      : f(f), shared(shared), thread(static_cast<int>(threadIdx.x) % kGroup) {}
+
+  static __device__ __forceinline__ void meet() { meet_others<kGroup>(1 + Tile::kGroups); }
+  __device__ __forceinline__ Chunk* chunk_of(int number) const { return reinterpret_cast<Chunk*>(shared + kChunks) + number % f.buffers; }
+  __device__ __forceinline__ int full(int number) const { return kChunkFull + 8 * (number % f.buffers); }
+  __device__ __forceinline__ int buffer(int number) const { return f.buffers_at + number % f.buffers * f.unit.M * f.chunk_bytes; }
+
+  // Whether the attention is there of all images in rows [low, end) of all; or waits for it.
+  __device__ __forceinline__ bool is_attended(int low, int end, bool waits) const {
+    for (int image = low / f.image; image < f.unit.B && f.first_row(image) < end; ++image) {
+      const unsigned* const count = f.attended_to + f.last_row(image) / Tile::kRows;
+      if (waits) wait_for(count, 1);
+      else if (read_count(count) < 1) return false;
+    }
+    return true;
+  }
+
+  // By the first thread: begins the next chunk; or does not, if that has to wait and may not: as long as a chunk that was begun is not
+  // finished, others may wait for this block.
+  __device__ __forceinline__ void begin(bool waits) {
+    if (ended) return;
+    Chunk* const chunk = chunk_of(begun);
+    while (!within) {
+      if (next >= static_cast<unsigned>(f.items)) {
+        ended = true;
+        *chunk = {kEnd, 0, 0, 0};
+        arrive_at(shared, full(begun++));
+        return;
+      }
+      const int item = static_cast<int>(next), step = item / f.step_items, part = item - step * f.step_items - 1;
+      tile = step - (part < 0 ? 0 : f.lag);
+      if (part < 0 && tile < f.tiles && f.first_ending(tile * Tile::kRows) < f.first_ending((tile + 1) * Tile::kRows)) {
+        next = take_number(f.next_item);
+        *chunk = {kAttend, tile, 0, 0};
+        arrive_at(shared, full(begun++));
+        return;
+      }
+      if (part >= 0 && tile >= 0 && tile < f.tiles) {
+        row = part * f.part_rows;
+        behind = row + f.part_rows < Tile::kRows ? row + f.part_rows : Tile::kRows;
+        if (!is_attended(tile * Tile::kRows + row, tile * Tile::kRows + behind, waits)) return;
+        copies_after_stores();
+        within = true;
+      }
+      next = take_number(f.next_item);
+    }
+    const int end = row + f.chunk_rows < behind ? row + f.chunk_rows : behind, C = f.unit.C, bytes = (end - row) * C * 2;
+    within = end < behind;
+    *chunk = {within ? kSelect : kSelectLast, tile, row, end};
+    arrive_expecting(shared, full(begun), f.unit.M * bytes);
+    const T* const u = static_cast<const T*>(f.u) + (int64_t{tile % f.slots} * f.unit.M * Tile::kRows + row) * C;
+    for (int m = 0; m < f.unit.M; ++m) copy_bulk(shared, buffer(begun) + m * f.chunk_bytes, u + m * Tile::kRows * C, bytes, full(begun));
+    row = end;
+    ++begun;
+  }
+
+  // At least the chunk of this number, and others as long as there are buffers.
+  __device__ __forceinline__ void begin_ahead(int number) {
+    for (int last = -1; begun != last && begun < number + f.buffers;) {
+      last = begun;
+      begin(begun == number);
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    const int lanes = f.lanes, rows = kGroup / lanes, own = thread / f.lanes, c = (thread - own * lanes) * V, C = f.unit.C, M = f.unit.M;
+    // Those of the first branches are kept as long as rows are of this image.
+    constexpr int kKept = 2;
+    float weights[kKept][V];
+    int image = -1;
+    const auto load_weights = [&](int m, float(&to)[V]) {
+      const float4* const from = reinterpret_cast<const float4*>(f.a + (int64_t{image} * M + m) * C + c);
+      const float4 halves[2] = {load_fresh(from), load_fresh(from + 1)};
+      memcpy(to, halves, sizeof(to));
+    };
+    if (thread == 0) next = take_number(f.next_item);
+    int phase = 0;
+    for (int number = 0;; ++number) {
+      if (thread == 0) begin_ahead(number);
+      wait_at(shared, full(number), phase);
+      const Chunk chunk = *chunk_of(number);
+      if (chunk.kind == kEnd) return;
+      if (chunk.kind == kAttend) {
+        attend_to_all(chunk.tile);
+      } else {
+        const unsigned char* const u = shared + buffer(number);
+#pragma unroll 2
+        for (int p = chunk.first + own; p < chunk.end && own < rows; p += rows) {
+          const Row at = f.find(chunk.tile * Tile::kRows + p);
+          if (at.pixel < 0) continue;
+          const bool other = at.image != image;
+          image = at.image;
+          float total[V] = {};
+          const auto add = [&](int m, const float(&factors)[V]) {
+            T values[V];
+            memcpy(values, __builtin_assume_aligned(u + m * f.chunk_bytes + ((p - chunk.first) * C + c) * 2, 16), sizeof(values));
+#pragma unroll
+            for (int i = 0; i < V; ++i) total[i] += factors[i] * widen(values[i]);
+          };
+#pragma unroll
+          for (int m = 0; m < kKept; ++m)
+            if (m < M) {
+              if (other) load_weights(m, weights[m]);
+              add(m, weights[m]);
+            }
+#pragma unroll 1
+          for (int m = kKept; m < M; ++m) {
+            float more[V];
+            load_weights(m, more);
+            add(m, more);
+          }
+          store(static_cast<T*>(f.unit.v) + int64_t{at.pixel} * C + c, total);
+        }
+      }
+      meet();
+      if (thread == 0) {
+        if (chunk.kind == kSelectLast) add_to_count(f.selected + chunk.tile);
+        if (chunk.kind == kAttend) add_to_count(f.attended_to + chunk.tile);
+      }
+      if ((number + 1) % f.buffers == 0) phase ^= 1;
+    }
+  }
+
+  __device__ __forceinline__ void attend_to_all(int tile) const {
+    const int first = f.first_ending(tile * Tile::kRows), end = f.first_ending((tile + 1) * Tile::kRows);
+    for (int t = f.first_row(first) / Tile::kRows + thread; t <= tile; t += kGroup) wait_for(f.convolved + t, f.units_of_tile * Tile::kGroups);
+    meet();
+#pragma unroll 1
+    for (int image = first; image < end; image += f.attended) {
+      attend(image, end - image < f.attended ? end - image : f.attended);
+      meet();
+    }
+  }
+
+  // Of up to kAttended images.
+  __device__ __forceinline__ void attend(int first_image, int images) const {
+    const int C = f.unit.C, rows = f.unit.M * C, D = static_cast<int>(f.unit.attention.D);
+    float *const s = reinterpret_cast<float*>(shared + f.memory), *const hidden = s + f.attended * C, *const logits = hidden + f.attended * D;
+    for (int i = thread; i < images * C; i += kGroup) {
+      const int image = first_image + i / C, first = f.first_row(image) / Tile::kGroupRows + image;
+      const int count = f.last_row(image) / Tile::kGroupRows + image + 1 - first;
+      const float* const from = f.row_sums + int64_t{first} * C + i % C;
       float total = 0;
-#pragma unroll 4
-      for (int row = first; row < end; ++row) total += load_fresh(f.row_sums + int64_t{row} * C + c);
-      s[i * C + c] = total / static_cast<float>(f.pixels);
+#pragma unroll 8
+      for (int row = 0; row < count; ++row) total += load_fresh(from + row * C);
+      s[i] = total / static_cast<float>(f.pixels);
     }
-  }
-  Team::meet();
-#pragma unroll 1
-  for (int d = warp; d < D; d += Team::kCount / kWarp) {
-    float total[kAttended] = {};
-    sum_in_blocks(lane, C, kWarp, total, [&](int64_t c, float(&part)[kAttended]) {
-      const float w = f.prepared.reduce[int64_t{d} * C + c];
+    meet();
+#pragma unroll 2
+    for (int d = thread / kWarp; d < D; d += kGroup / kWarp) {
+      float total[kAttended] = {};
+      sum_in_blocks(thread % kWarp, C, kWarp, total, [&](int64_t c, float(&part)[kAttended]) {
+        const float w = f.prepared.reduce[d * C + static_cast<int>(c)];
 #pragma unroll
-      for (int i = 0; i < kAttended; ++i) part[i] += w * s[i * C + c];
-    });
+        for (int i = 0; i < kAttended; ++i)
+          if (i < images) part[i] += w * s[i * C + c];
+      });
 #pragma unroll
-    for (int i = 0; i < kAttended; ++i) {
-      const float z = sum_of_lanes(total[i], kWarp) * f.prepared.hidden_norm[d] + f.prepared.hidden_norm[D + d];
-      if (lane == 0) hidden[i * D + d] = z <= 0 ? static_cast<float>(f.unit.attention.slope) * z : z;
+      for (int i = 0; i < kAttended; ++i) {
+        if (i >= images) break;
+        const float z = sum_of_lanes(total[i], kWarp) * f.prepared.hidden_norm[d] + f.prepared.hidden_norm[D + d];
+        if (thread % kWarp == 0) hidden[i * D + d] = z <= 0 ? static_cast<float>(f.unit.attention.slope) * z : z;
+      }
     }
-  }
-  Team::meet();
-  for (int c = Team::thread(); c < C; c += Team::kCount) {
-#pragma unroll 1
-    for (int m = 0; m < M; ++m) {
+    meet();
+    for (int row = thread; row < rows; row += kGroup) {
       float total[kAttended] = {};
       sum_in_blocks(0, D, 1, total, [&](int64_t d, float(&part)[kAttended]) {
-        const float w = f.prepared.select[(d * M + m) * C + c];
+        const float w = f.prepared.select[static_cast<int>(d) * rows + row];
 #pragma unroll
-        for (int i = 0; i < kAttended; ++i) part[i] += w * hidden[i * D + d];
+        for (int i = 0; i < kAttended; ++i)
+          if (i < images) part[i] += w * hidden[i * D + d];
       });
 #pragma unroll
       for (int i = 0; i < kAttended; ++i)
-        if (i < images) f.a[(int64_t{first_image + i} * M + m) * C + c] = total[i];
+        if (i < images) logits[i * rows + row] = total[i];
     }
-    for (int i = 0; i < images; ++i) softmax(f.a + int64_t{first_image + i} * M * C + c, M, C);
-  }
-}
-
-template <class T, class Tile> __device__ __forceinline__ void select_items(const HopperRing& f, unsigned char* shared) {
-  using Team = Selectors<Tile>;
-  volatile int* const told = reinterpret_cast<volatile int*>(shared + kNextItem);
-  const int thread = Team::thread(), all = f.units_of_tile * Tile::kGroups;
-  unsigned next = thread == 0 ? take_number(f.next_item) : 0;
-  for (;;) {
-    if (thread == 0) *told = next < static_cast<unsigned>(f.items) ? static_cast<int>(next) : f.items;
-    Team::meet();
-    const int item = *told;
-    if (item == f.items) return;
-    if (thread == 0) next = take_number(f.next_item);
-    const int step = item / f.step_items, rest = item - step * f.step_items;
-    if (rest == 0) {
-      const int first = f.first_ending(step * Tile::kRows), end = f.first_ending((step + 1) * Tile::kRows);
-      if (step >= f.tiles || first == end) {
-        Team::meet();
-        continue;
-      }
-      for (int t = f.first_row(first) / Tile::kRows + thread; t <= step; t += kGroup) wait_for(f.convolved + t, all);
-      Team::meet();
-#pragma unroll 1
-      for (int image = first; image < end; image += kAttended) {
-        attend_to<Team>(f, Tile::kGroupRows, image, end - image < kAttended ? end - image : kAttended, reinterpret_cast<float*>(shared + f.memory));
-        Team::meet();
-      }
-      if (thread == 0) add_to_count(f.attended_to + step);
-    } else {
-      const int tile = step - f.lag, first = (rest - 1) * f.part_rows, behind = first + f.part_rows;
-      if (tile < 0 || tile >= f.tiles) {
-        Team::meet();
-        continue;
-      }
-      const int end = behind < Tile::kRows ? behind : Tile::kRows, low = tile * Tile::kRows;
-      // Of all images that have rows in it.
-      for (int image = (low + first) / f.image + thread; image < f.unit.B && f.first_row(image) < low + end; image += kGroup)
-        wait_for(f.attended_to + f.last_row(image) / Tile::kRows, 1);
-      Team::meet();
-      const int branch = Tile::kRows * f.unit.C;
-      select_rows<T, Team>(f.unit, static_cast<const T*>(f.u) + int64_t{tile % f.slots} * f.unit.M * branch, branch, f.a, first, end, f.lanes,
-                           [&](int p) { return f.find(low + p); });
-      Team::meet();
-      if (thread == 0) add_to_count(f.selected + tile);
+    meet();
+    for (int i = thread; i < images * C; i += kGroup) {
+      float* const own = logits + i / C * rows + i % C;
+      softmax(own, f.unit.M, C);
+      for (int m = 0; m < f.unit.M; ++m) f.a[(int64_t{first_image + i / C} * f.unit.M + m) * C + i % C] = own[m * C];
     }
   }
-}
+};
 
 template <class T, class Tile> __global__ __launch_bounds__(Tile::kThreads, 1) void _unit_hopper_kernel(const __grid_constant__ HopperRing f) {
   if constexpr (kHopper) {
@@ -449,6 +564,7 @@ template <class T, class Tile> __global__ __launch_bounds__(Tile::kThreads, 1) v
         open_barrier(shared, kEmpty + 8 * stage, Tile::kGroups * 4);
       }
       for (int turn : {0, 1}) open_barrier(shared, kTurn + 8 * turn, 4);
+      for (int buffer = 0; buffer < f.buffers; ++buffer) open_barrier(shared, kChunkFull + 8 * buffer, 1);
       barriers_are_open();
     }
     float* const norms = reinterpret_cast<float*>(shared + f.norms);
@@ -462,7 +578,7 @@ template <class T, class Tile> __global__ __launch_bounds__(Tile::kThreads, 1) v
       Multiplier<T, Tile>(f, shared, group - 1).run();
     } else {
       take_registers<Tile::kLaunched, Tile::kSelecting>();
-      select_items<T, Tile>(f, shared);
+      Selector<T, Tile>(f, shared).run();
     }
   }
 }
@@ -556,14 +672,20 @@ template <class Tile> static int64_t plan_of(const Unit& f, int64_t most, Hopper
   ring.chunks = ring.block_inputs / 16;
   ring.share = f.split ? f.channels / f.M : f.channels;
 
-  const int64_t an_image = (f.C + f.attention.D) * static_cast<int64_t>(sizeof(float));
+  const int64_t an_image = ((f.M + 1) * f.C + f.attention.D) * static_cast<int64_t>(sizeof(float));
   int64_t bytes = kFirst;
   const auto take = [&](int64_t more) { return static_cast<int>(std::exchange(bytes, quotient(bytes + more, 128) * 128)); };
   ring.images = (Tile::kGroupRows - 2) / ring.image + 2;
+  ring.attended = static_cast<int>(std::clamp<int64_t>(kAttendedBytes / an_image, 1, kAttended));
+  ring.lanes = Divisor(std::min(f.C / 8, kGroup));
+  ring.chunk_rows = kChunkVectors / kGroup * (kGroup / ring.lanes);
+  ring.chunk_bytes = ring.chunk_rows * f.C * 2;
+  ring.buffers = std::clamp(kBufferBytes / (f.M * ring.chunk_bytes), 2, kMostBuffers);
   ring.norms = take(int64_t{2} * f.M * f.C * sizeof(float));
   ring.sums = take(int64_t{Tile::kGroups} * 2 * ring.images * 4 * Tile::kChannels * sizeof(float));
   ring.addresses = take(int64_t{ring.read} * 2 * sizeof(int));
-  ring.memory = take(kAttended * an_image);
+  ring.memory = take(ring.attended * an_image);
+  ring.buffers_at = take(int64_t{ring.buffers} * f.M * ring.chunk_bytes);
   ring.stages_at = static_cast<int>(bytes);
   ring.plane = static_cast<int>(quotient(int64_t{ring.read} * 16, 128) * 128);
   ring.stage = 2 * ring.plane + Tile::kWeightBytes * (Tile::kTogether ? f.M : 1);
@@ -577,7 +699,7 @@ bool unit_on_hopper(const Unit& f, const std::function<void*(int64_t)>& allocate
   const auto attribute = [&](cudaDeviceAttr which) { return attribute_of_device(which, "unit", queue.device); };
   // Its rows and pixels are counted in 32 bits.
   const int64_t rows = (f.B + 1) * (f.H + 3) * (f.W + 3);
-  if (f.stride != 1 || rows >= int64_t{1} << 30 || f.C > 4096 || attribute(cudaDevAttrComputeCapabilityMajor) != 9) return false;
+  if (f.stride != 1 || rows >= int64_t{1} << 30 || f.C > 1024 || attribute(cudaDevAttrComputeCapabilityMajor) != 9) return false;
   take_device("unit", queue.device);
   bool taken = false;
   const bool has_tile = with_hopper_tile(f, [&]<class Tile>() {
@@ -592,10 +714,8 @@ bool unit_on_hopper(const Unit& f, const std::function<void*(int64_t)>& allocate
       // How many tiles the last one of an image may lie behind one that it is in.
       ring.lag = static_cast<int>(quotient(int64_t{ring.last_of_image}, Tile::kRows));
       ring.slots = Divisor(std::clamp<int64_t>(room, ring.lag + 1, std::max(ring.tiles, ring.lag + 1)));
-      const int lanes = std::min(f.C / 8, kGroup), rows_at_once = kGroup / lanes * kSelected;
-      ring.lanes = Divisor(lanes);
       const int64_t wanted = quotient(Tile::kRows, std::max<int64_t>(1, int64_t{Tile::kRows} * f.C / kPartValues));
-      ring.part_rows = static_cast<int>(quotient(wanted, rows_at_once) * rows_at_once);
+      ring.part_rows = static_cast<int>(quotient(wanted, ring.chunk_rows) * ring.chunk_rows);
       ring.parts = static_cast<int>(quotient(Tile::kRows, ring.part_rows));
       ring.step_items = Divisor(1 + ring.parts);
       const int64_t items = (int64_t{ring.tiles} + ring.lag) * ring.step_items;

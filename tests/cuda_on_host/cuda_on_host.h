@@ -293,6 +293,7 @@ inline void arrive_expecting(unsigned char* shared, int at, int bytes) { SharedB
 inline void wait_at(unsigned char* shared, int at, int parity) {
   while ((SharedBarrier::of(shared, at).parity & 1) == parity) cuda_on_host::others_go_first(false);
 }
+inline void copies_after_stores() {}
 inline void copy_bulk(unsigned char* shared, int to, const void* from, int bytes, int at) {
   if (to % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0) cuda_on_host::fail("a copy is not aligned");
   memcpy(shared + to, from, bytes);
