@@ -320,7 +320,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward_cuda(
   take_attention(f, parameters, f.M, f.C, fc_reduce, weight, bias, fc_select);
   const Guard guard(s);
   const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, s.options()); };
-  const Tensor dlogits = empty({f.B, f.M, f.C}), dreduced = empty({f.B, f.D}), hidden = empty({f.B, f.D}), ds = empty({f.B, f.C});
+  const Tensor dlogits = empty({f.B, f.M, f.C}), dreduced = empty({2, f.B, f.D}), hidden = empty({f.B, f.D}), ds = empty({f.B, f.C});
   const Tensor dfc_reduce = empty(fc_reduce.sizes()), dweight = empty({f.D}), dbias = empty({f.D});
   const Tensor dfc_select = empty(fc_select.sizes()), dselect_bias = empty({f.M * f.C});
   f.da = da.const_data_ptr();

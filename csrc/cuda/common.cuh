@@ -167,18 +167,22 @@ template <int V, class A> __device__ __forceinline__ void store_sums(A* p, const
   }
 }
 
-// V elements of an operand of any type, from i on.
-template <int V, class A> __device__ __forceinline__ void read(const Array& array, int64_t i, A (&x)[V]) {
-  const auto from = [&](const auto* p) {
-#pragma unroll
-    for (int e = 0; e < V; ++e) x[e] = static_cast<A>(widen(p[i + e]));
-  };
+// from(the array, as a pointer to its type).
+template <class F> __device__ __forceinline__ void with_pointer(const Array& array, const F& from) {
   switch (array.type) {
     case Type::float32: return from(static_cast<const float*>(array.data));
     case Type::float64: return from(static_cast<const double*>(array.data));
     case Type::float16: return from(static_cast<const __half*>(array.data));
     default: return from(static_cast<const __nv_bfloat16*>(array.data));
   }
+}
+
+// V elements of an operand of any type, from i on.
+template <int V, class A> __device__ __forceinline__ void read(const Array& array, int64_t i, A (&x)[V]) {
+  with_pointer(array, [&](const auto* p) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) x[e] = static_cast<A>(widen(p[i + e]));
+  });
 }
 template <class A> __device__ __forceinline__ A at(const Array& array, int64_t i) {
   A x[1];

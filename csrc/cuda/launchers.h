@@ -95,8 +95,8 @@ struct Attend {
 };
 void attend(const Attend& f, Queue queue);
 
-// A: da, a and dlogits, scratch, (B, M, C); s, ds (B, C); reduced and dreduced and hidden, scratch, (B, D); mean, var, dweight,
-// dbias (D,); dfc_reduce (D, C); dfc_select (M * C, D); dselect_bias (M * C,).
+// A: da, a and dlogits, scratch, (B, M, C); s, ds (B, C); reduced and hidden, scratch, (B, D); dreduced, scratch, (2, B, D); mean, var,
+// dweight, dbias (D,); dfc_reduce (D, C); dfc_select (M * C, D); dselect_bias (M * C,).
 struct AttendBackward {
   Type type;
   int64_t B, C, D, M;
