@@ -44,12 +44,12 @@ __device__ __forceinline__ int same_in_warp(int x) { return __shfl_sync(kAllLane
 // Of an operand in shared memory 8 rows of 16 bytes each lie side by side, eights of rows too; those of the next 8 values of k lie `apart`
 // bytes later. What the matrix units are given is the lower half of a descriptor (PTX ISA, "Matrix Descriptor", without swizzle); the upper
 // one says that eight rows are 128 bytes.
-struct Matrix {
+struct SharedMatrix {
   unsigned low;
-  __device__ __forceinline__ Matrix(const unsigned char* shared, int at, int apart)
+  __device__ __forceinline__ SharedMatrix(const unsigned char* shared, int at, int apart)
       : low((shared_address(shared) + at) >> 4 | static_cast<unsigned>(apart >> 4) << 16) {}
-  __device__ __forceinline__ explicit Matrix(unsigned low) : low(low) {}
-  __device__ __forceinline__ Matrix from(int row) const { return Matrix(low + row); }
+  __device__ __forceinline__ explicit SharedMatrix(unsigned low) : low(low) {}
+  __device__ __forceinline__ SharedMatrix from(int row) const { return SharedMatrix(low + row); }
   __device__ __forceinline__ uint64_t descriptor() const { return uint64_t{128 >> 4} << 32 | low; }
 };
 
@@ -67,7 +67,7 @@ struct Matrix {
       "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 // Of a type for so many columns: the numbers of c's operands, of the two descriptors and of what says whether c is added to; c's registers.
 #define SK_MULTIPLY_ADD_SHARED(T, type, columns, of_c, of_left, of_right, of_adds, ...)                                                    \
-  __device__ __forceinline__ void multiply_add_shared(T, float (&c)[columns / 8][4], Matrix left, Matrix right, bool adds) {               \
+  __device__ __forceinline__ void multiply_add_shared(T, float (&c)[columns / 8][4], SharedMatrix left, SharedMatrix right, bool adds) {               \
     asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " of_adds ", 0;\nwgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type \
                  " {" of_c "}, " of_left ", " of_right ", adds, 1, 1, 0, 0;\n}"                                                            \
                  : __VA_ARGS__                                                                                                             \

@@ -10,17 +10,18 @@
 //
 //   the first copies x and the weights of what comes next into stages of shared memory;
 //   the next ones multiply, each its own pixels of the tile; in the end they normalize, activate, store u and its sums over pixels;
-//   the last computes the attention of the images that are complete, and selects.
+//   the last computes the attention of the images that are complete, and selects, image row by image row.
 //
 // The work is two lists, of which a block takes the next item by a counter each: `units` of convolutions, tile by tile; and steps, of which
-// step i has the attention of the images whose last pixels are in tile i, and then the parts of the selection of tile i - lag. Here
+// step i has the attention of image i, and then the parts of the selection of image i - lag. Here
 //
-//   a unit of tile t waits for the parts of the selection of tile t - slots, whose place in the ring it takes, and slots > lag;
-//   the attention in step i waits for the units of tiles up to i;
-//   a part of the selection of tile t waits for the attention of its images, of which none ends behind tile t + lag.
+//   a unit of tile t waits for the selection of the images in tile t - slots, whose place in the ring it takes;
+//   the attention of an image waits for the units of its tiles;
+//   a part of the selection of an image waits for its attention.
 //
-// The first unit that is not finished, of tile t, waits for step t - slots + lag < t at most, and what comes before it; the units of all
-// these steps are finished, so those steps wait for nothing but steps before them. All that is waited for has been taken by a block that
+// The ring has room for lag + 1 images and two tiles, or more. So the last tile of image i + lag comes before tile t if i is in tile
+// t - slots. The first unit that is not finished, of tile t, therefore waits for steps that wait for units before it alone, which are
+// finished, and for steps before them: such a step waits for nothing that is not. All that is waited for has been taken by a block that
 // runs. Hence something always goes on, however many blocks the device holds, be it one, and in whatever order they run.
 
 #include "attention.cuh"
@@ -30,8 +31,6 @@ namespace sk::cuda {
 
 // Pixels that a matrix instruction multiplies, and threads that issue it.
 constexpr int kRowsAtOnce = 64, kGroup = 128;
-// Vectors of 16 bytes in a chunk that is selected, of one branch; bytes of all that are on their way; and of what attention computes with.
-constexpr int kChunkVectors = 256, kBufferBytes = 32 * 1024, kAttendedBytes = 12 * 1024;
 
 // A tile: kGroups warpgroups with kBlocks times 64 pixels each, kChannels channels. kTogether: of one chunk of inputs all branches.
 template <int kChannels_, int kBlocks_, int kGroups_, bool kTogether_> struct HopperTile : Columns<kChannels_> {
@@ -39,6 +38,10 @@ template <int kChannels_, int kBlocks_, int kGroups_, bool kTogether_> struct Ho
   static constexpr bool kTogether = kTogether_;
   static constexpr int kGroupRows = kRowsAtOnce * kBlocks, kRows = kGroups * kGroupRows;
   static constexpr int kThreads = (1 + kGroups + 1) * kGroup;
+  // Sets of sums: if a unit has one tile of channels, its end is enough of a distance.
+  static constexpr int kSets = kTogether ? 2 : 1;
+  // What is selected comes in chunks of no more bytes of a branch: the stages need their room.
+  static constexpr int kChunkBytes = kChannels > 64 ? 4096 : 8192, kBufferBytes = kChannels > 64 ? 16 * 1024 : 48 * 1024;
   // Of 16 inputs.
   static constexpr int kTapBytes = kChannels * 32, kWeightBytes = kTaps * kTapBytes;
   // Registers of a thread: of all warpgroups what the block is launched with, at a multiple of 8.
@@ -53,7 +56,7 @@ struct Prepared {
   float *norms, *reduce, *hidden_norm, *select;
 };
 
-// A row of a tile: its pixel in v, or -1 if there is none, and its image.
+// A pixel of the row of all: which one it is of v's, or -1 if it is none, and its image.
 struct Row {
   int pixel, image;
 };
@@ -77,25 +80,28 @@ struct HopperRing {
   int stages, stage, plane;
   // Whether the warpgroups multiply in turns.
   bool in_turns;
-  // Tiles that have a place; how much later their selection comes; rows of a part of it, and parts of a tile; items of a step, and all.
-  Divisor slots, step_items, lanes;
-  int lag, part_rows, parts, items;
-  // Images that are attended to at a time; rows of a chunk that is selected, bytes of a branch of it, and buffers for them.
-  int attended, chunk_rows, chunk_bytes, buffers, buffers_at;
+  // Tiles that have a place, and their pixels; how many steps later the selection comes; rows of an image in a part of it, and parts of an
+  // image; items of a step, and all; threads that share a pixel.
+  Divisor slots;
+  int slot_rows, lag, part_rows, parts;
+  Divisor step_items, lanes;
+  int items;
+  // Pixels of a chunk that is selected, and chunks of a row; bytes of a branch of it, and buffers for chunks.
+  int chunk_pixels, row_chunks, chunk_bytes, buffers, buffers_at;
   Prepared prepared;
   // Vectors of weights, and counts, from next_unit on.
   int weight_vectors, counts;
-  // Of every slot u, T (M, rows, C); sums over pixels of a warpgroup's rows and an image: row (tile * kGroups + group) + image; (B, M, C).
+  // u, T (M, slot_rows, C); sums over pixels of a warpgroup's rows and an image: row (tile * kGroups + group) + image; (B, M, C).
   void* u;
   float *row_sums, *a;
+  // The next ones; of every tile its finished units; of every image whether its attention is there, and its finished parts of the selection.
   unsigned *next_unit, *next_item, *convolved, *attended_to, *selected;
 
   __device__ __forceinline__ int first_row(int i) const { return i * image; }
   __device__ __forceinline__ int last_row(int i) const { return i * image + last_of_image; }
-  // The first image whose last pixel is not before this row.
-  __device__ __forceinline__ int first_ending(int at) const {
-    const int first = at <= last_of_image ? 0 : (at - last_of_image + image - 1) / image, all = static_cast<int>(unit.B);
-    return first < all ? first : all;
+  __device__ __forceinline__ void wait_for_place(int tile, int rows) const {
+    const int low = (tile - slots) * rows;
+    for (int i = low / image; i < unit.B && first_row(i) < low + rows; ++i) wait_for(selected + i, parts);
   }
   __device__ __forceinline__ Row find(int at) const {
     const int from = at < 0 ? 0 : at, y_of_all = from / row, x = from - y_of_all * row, i = y_of_all / rows_of_image, y = y_of_all - i * rows_of_image;
@@ -148,7 +154,7 @@ template <class T, class Tile> __device__ __forceinline__ void copy_units(const 
           if (thread == 0) {
             unit_of[stage] = unit;
             // Of all of a unit the first stage comes when there is a place in the ring.
-            if (waits) wait_for(f.selected + tile - f.slots, f.parts);
+            if (waits) f.wait_for_place(tile, Tile::kRows);
             waits = false;
             const int64_t block = (int64_t{channels} * f.unit.M + pass) * f.chunks + chunk;
             arrive_expecting(shared, kFull + 8 * stage, bytes);
@@ -200,7 +206,7 @@ template <class T, class Tile> struct Multiplier {
   // c (+)= the products of a stage's 16 inputs with all taps of branch m, whose weights are the `of_stage`-th there.
   __device__ __forceinline__ void multiply(Products& c, int m, int of_stage, bool adds) const {
     const int x = f.stages_at + stage * f.stage, dilation = f.unit.dilations[m], down = f.row * dilation;
-    const Matrix left(shared, x, f.plane), right(shared, x + 2 * f.plane + of_stage * Tile::kWeightBytes, kChannels * 16);
+    const SharedMatrix left(shared, x, f.plane), right(shared, x + 2 * f.plane + of_stage * Tile::kWeightBytes, kChannels * 16);
     const int first = group * Tile::kGroupRows + f.around - down - dilation;
     before_products();
 #pragma unroll
@@ -216,11 +222,11 @@ template <class T, class Tile> struct Multiplier {
   // u of branch m from its products, and its sums over the pixels of every image, into sums (images, 4 warps, kChannels) or, if it is not
   // the first branch, added to them.
   __device__ __forceinline__ void finish(Products& c, int m, int tile, int channels, float* sums) const {
-    const int own = lane % 4 * kOwn, branch = Tile::kRows * f.unit.C;
+    const int own = lane % 4 * kOwn;
     const float* const scale = reinterpret_cast<const float*>(shared + f.norms) + m * f.unit.C + channels * kChannels + own;
     const float* const shift = scale + f.unit.M * f.unit.C;
-    T* const u = static_cast<T*>(f.u) + (int64_t{tile % f.slots} * f.unit.M + m) * branch + group * Tile::kGroupRows * f.unit.C +
-                 channels * kChannels + own;
+    const int64_t first_row = int64_t{m} * f.slot_rows + tile % f.slots * Tile::kRows + group * Tile::kGroupRows;
+    T* const u = static_cast<T*>(f.u) + first_row * f.unit.C + channels * kChannels + own;
 #pragma unroll
     for (int q = 0; q < kAlong / kJoined; ++q) {
       float factors[kOwn], terms[kOwn];
@@ -277,9 +283,9 @@ template <class T, class Tile> struct Multiplier {
 
   __device__ __forceinline__ void run() {
     const int M = f.unit.M, thread = static_cast<int>(threadIdx.x) % kGroup;
-    // Of two units' sums one set is read while the other is written.
-    float* const both = reinterpret_cast<float*>(shared + f.sums) + group * 2 * f.images * 4 * kChannels;
-    int parity = 0, turns = 0;
+    // Of two tiles' sums one set is read while the other is written.
+    float* const sets = reinterpret_cast<float*>(shared + f.sums) + group * Tile::kSets * f.images * 4 * kChannels;
+    int set = 0, turns = 0;
     for (;;) {
       wait_at(shared, kFull + 8 * stage, phase);
       const int unit = same_in_warp(reinterpret_cast<const volatile int*>(shared + kUnitOf)[stage]);
@@ -298,8 +304,8 @@ template <class T, class Tile> struct Multiplier {
       last_image = end < all ? end : all - 1;
 
       for (int channels = first; channels < first + f.together && channels < f.channel_tiles; ++channels) {
-        float* const sums = both + parity * f.images * 4 * kChannels;
-        parity ^= 1;
+        float* const sums = sets + set * f.images * 4 * kChannels;
+        set = Tile::kSets - 1 - set;
         if constexpr (Tile::kTogether) {
           // The next branch is multiplied while this one is finished.
           Products c[2];
@@ -349,207 +355,181 @@ template <class T, class Tile> struct Multiplier {
   }
 };
 
-// The attention and the selection, by the last warpgroup. What is selected comes in chunks of a few rows of all branches, which the first
-// thread has copied into shared memory ahead; the attention counts as a chunk, too.
+// The attention and the selection, by the last warpgroup. What is selected comes in chunks: pixels of a row of an image, of all branches. The
+// first thread has them copied into shared memory ahead. The attention counts as a chunk, too.
 template <class T, class Tile> struct Selector {
   static constexpr int V = 8;
-  // What a chunk is: rows [first, end) of a tile; the attention of the images that end in it; the end.
-  enum Kind : int { kSelect, kSelectLast, kAttend, kEnd };
+  // The last chunk of a part; another one; the attention of an image; the end.
+  enum Kind : int { kLast, kSelect, kAttend, kEnd };
   struct Chunk {
-    int kind, tile, first, end;
+    int kind, image, pixel, pixels;
   };
 
   const HopperRing& f;
   unsigned char* const shared;
   const int thread;
-  // Of the first thread: the next item, where it is in that, and the chunks that it has begun.
+  // Of the first thread: the item that it has taken, which is late, as others may wait for it; where it is in that: the chunks of the part
+  // that are left, and the row of the image and the chunk of this row that come next; and how many chunks are begun and
+  // not finished.
   unsigned next = 0;
-  bool within = false, ended = false;
-  int tile = 0, row = 0, behind = 0, begun = 0;
+  bool has_next = false, ended = false;
+  int image = 0, left = 0, y = 0, of_row = 0, begun = 0;
+  // Where the chunk is that is finished next.
+  int buffer = 0;
 
   __device__ __forceinline__ Selector(const HopperRing& f, unsigned char* shared)
       : f(f), shared(shared), thread(static_cast<int>(threadIdx.x) % kGroup) {}
 
   static __device__ __forceinline__ void meet() { meet_others<kGroup>(1 + Tile::kGroups); }
-  __device__ __forceinline__ Chunk* chunk_of(int number) const { return reinterpret_cast<Chunk*>(shared + kChunks) + number % f.buffers; }
-  __device__ __forceinline__ int full(int number) const { return kChunkFull + 8 * (number % f.buffers); }
-  __device__ __forceinline__ int buffer(int number) const { return f.buffers_at + number % f.buffers * f.unit.M * f.chunk_bytes; }
-
-  // Whether the attention is there of all images in rows [low, end) of all; or waits for it.
-  __device__ __forceinline__ bool is_attended(int low, int end, bool waits) const {
-    for (int image = low / f.image; image < f.unit.B && f.first_row(image) < end; ++image) {
-      const unsigned* const count = f.attended_to + f.last_row(image) / Tile::kRows;
-      if (waits) wait_for(count, 1);
-      else if (read_count(count) < 1) return false;
-    }
-    return true;
-  }
+  __device__ __forceinline__ Chunk* chunk_of(int buffer) const { return reinterpret_cast<Chunk*>(shared + kChunks) + buffer; }
+  __device__ __forceinline__ int full(int buffer) const { return kChunkFull + 8 * buffer; }
+  __device__ __forceinline__ int buffer_at(int buffer, int m) const { return f.buffers_at + (buffer * f.unit.M + m) * f.chunk_bytes; }
 
   // By the first thread: begins the next chunk; or does not, if that has to wait and may not: as long as a chunk that was begun is not
   // finished, others may wait for this block.
   __device__ __forceinline__ void begin(bool waits) {
-    if (ended) return;
-    Chunk* const chunk = chunk_of(begun);
-    while (!within) {
+    const int last = this->buffer + begun, buffer = last < f.buffers ? last : last - f.buffers;
+    while (left == 0) {
+      if (!has_next) next = take_number(f.next_item);
+      has_next = true;
       if (next >= static_cast<unsigned>(f.items)) {
         ended = true;
-        *chunk = {kEnd, 0, 0, 0};
-        arrive_at(shared, full(begun++));
+        chunk_of(buffer)->kind = kEnd;
+        arrive_at(shared, full(buffer));
+        ++begun;
         return;
       }
       const int item = static_cast<int>(next), step = item / f.step_items, part = item - step * f.step_items - 1;
-      tile = step - (part < 0 ? 0 : f.lag);
-      if (part < 0 && tile < f.tiles && f.first_ending(tile * Tile::kRows) < f.first_ending((tile + 1) * Tile::kRows)) {
-        next = take_number(f.next_item);
-        *chunk = {kAttend, tile, 0, 0};
-        arrive_at(shared, full(begun++));
+      image = part < 0 ? step : step - f.lag;
+      if (part < 0 && image < f.unit.B) {
+        has_next = false;
+        *chunk_of(buffer) = {kAttend, image, 0, 0};
+        arrive_at(shared, full(buffer));
+        ++begun;
         return;
       }
-      if (part >= 0 && tile >= 0 && tile < f.tiles) {
-        row = part * f.part_rows;
-        behind = row + f.part_rows < Tile::kRows ? row + f.part_rows : Tile::kRows;
-        if (!is_attended(tile * Tile::kRows + row, tile * Tile::kRows + behind, waits)) return;
+      if (part >= 0 && image >= 0 && image < f.unit.B) {
+        if (waits) wait_for(f.attended_to + image, 1);
+        else if (read_count(f.attended_to + image) == 0) return;
         copies_after_stores();
-        within = true;
+        y = part * f.part_rows;
+        const int rows = static_cast<int>(f.unit.H) - y;
+        left = (rows < f.part_rows ? rows : f.part_rows) * f.row_chunks;
+        of_row = 0;
       }
-      next = take_number(f.next_item);
+      has_next = false;
     }
-    const int end = row + f.chunk_rows < behind ? row + f.chunk_rows : behind, C = f.unit.C, bytes = (end - row) * C * 2;
-    within = end < behind;
-    *chunk = {within ? kSelect : kSelectLast, tile, row, end};
-    arrive_expecting(shared, full(begun), f.unit.M * bytes);
-    const T* const u = static_cast<const T*>(f.u) + (int64_t{tile % f.slots} * f.unit.M * Tile::kRows + row) * C;
-    for (int m = 0; m < f.unit.M; ++m) copy_bulk(shared, buffer(begun) + m * f.chunk_bytes, u + m * Tile::kRows * C, bytes, full(begun));
-    row = end;
+    const int C = f.unit.C, W = static_cast<int>(f.unit.W), x = of_row * f.chunk_pixels, pixels = W - x < f.chunk_pixels ? W - x : f.chunk_pixels;
+    *chunk_of(buffer) = {--left == 0 ? kLast : kSelect, image, (image * static_cast<int>(f.unit.H) + y) * W + x, pixels};
+    arrive_expecting(shared, full(buffer), f.unit.M * pixels * C * 2);
+    // In the ring it may go round the end.
+    const int row = f.first_row(image) + y * f.row + x, at = row - row / f.slot_rows * f.slot_rows;
+    const int before = f.slot_rows - at < pixels ? f.slot_rows - at : pixels;
+    for (int m = 0; m < f.unit.M; ++m) {
+      const T* const u = static_cast<const T*>(f.u) + int64_t{m} * f.slot_rows * C;
+      copy_bulk(shared, buffer_at(buffer, m), u + int64_t{at} * C, before * C * 2, full(buffer));
+      if (before < pixels) copy_bulk(shared, buffer_at(buffer, m) + before * C * 2, u, (pixels - before) * C * 2, full(buffer));
+    }
+    if (++of_row == f.row_chunks) of_row = 0, ++y;
     ++begun;
   }
-
-  // At least the chunk of this number, and others as long as there are buffers.
-  __device__ __forceinline__ void begin_ahead(int number) {
-    for (int last = -1; begun != last && begun < number + f.buffers;) {
+  // At least one chunk, and others as long as there are buffers.
+  __device__ __forceinline__ void begin_ahead() {
+    for (int last = -1; begun != last && begun < f.buffers && !ended;) {
       last = begun;
-      begin(begun == number);
+      begin(begun == 0);
     }
   }
 
   __device__ __forceinline__ void run() {
-    const int lanes = f.lanes, rows = kGroup / lanes, own = thread / f.lanes, c = (thread - own * lanes) * V, C = f.unit.C, M = f.unit.M;
-    // Those of the first branches are kept as long as rows are of this image.
+    const int C = f.unit.C, M = f.unit.M, rows = kGroup / f.lanes, own = thread / f.lanes, c = (thread - own * f.lanes) * V;
+    // Those of the first branches are kept as long as chunks are of this image.
     constexpr int kKept = 2;
     float weights[kKept][V];
-    int image = -1;
-    const auto load_weights = [&](int m, float(&to)[V]) {
-      const float4* const from = reinterpret_cast<const float4*>(f.a + (int64_t{image} * M + m) * C + c);
-      const float4 halves[2] = {load_fresh(from), load_fresh(from + 1)};
-      memcpy(to, halves, sizeof(to));
-    };
-    if (thread == 0) next = take_number(f.next_item);
-    int phase = 0;
-    for (int number = 0;; ++number) {
-      if (thread == 0) begin_ahead(number);
-      wait_at(shared, full(number), phase);
-      const Chunk chunk = *chunk_of(number);
+    int weights_of = -1, phase = 0;
+    for (;;) {
+      if (thread == 0) begin_ahead();
+      wait_at(shared, full(buffer), phase);
+      const Chunk chunk = *chunk_of(buffer);
       if (chunk.kind == kEnd) return;
       if (chunk.kind == kAttend) {
-        attend_to_all(chunk.tile);
-      } else {
-        const unsigned char* const u = shared + buffer(number);
+        attend(chunk.image);
+      } else if (own < rows) {
+        const auto load_weights = [&](int m, float(&to)[V]) {
+          const float4* const from = reinterpret_cast<const float4*>(f.a + (int64_t{chunk.image} * M + m) * C + c);
+          const float4 halves[2] = {load_fresh(from), load_fresh(from + 1)};
+          memcpy(to, halves, sizeof(to));
+        };
+        if (chunk.image != weights_of)
+#pragma unroll
+          for (int m = 0; m < kKept; ++m)
+            if (m < M) load_weights(m, weights[m]);
+        weights_of = chunk.image;
+        T* const v = static_cast<T*>(f.unit.v) + int64_t{chunk.pixel} * C + c;
 #pragma unroll 2
-        for (int p = chunk.first + own; p < chunk.end && own < rows; p += rows) {
-          const Row at = f.find(chunk.tile * Tile::kRows + p);
-          if (at.pixel < 0) continue;
-          const bool other = at.image != image;
-          image = at.image;
+        for (int p = own; p < chunk.pixels; p += rows) {
           float total[V] = {};
           const auto add = [&](int m, const float(&factors)[V]) {
-            T values[V];
-            memcpy(values, __builtin_assume_aligned(u + m * f.chunk_bytes + ((p - chunk.first) * C + c) * 2, 16), sizeof(values));
+            Packed<V, T> values;
+            values.load(reinterpret_cast<const T*>(shared + buffer_at(buffer, m)) + p * C + c);
 #pragma unroll
-            for (int i = 0; i < V; ++i) total[i] += factors[i] * widen(values[i]);
+            for (int i = 0; i < V; ++i) total[i] += factors[i] * values[i];
           };
 #pragma unroll
           for (int m = 0; m < kKept; ++m)
-            if (m < M) {
-              if (other) load_weights(m, weights[m]);
-              add(m, weights[m]);
-            }
+            if (m < M) add(m, weights[m]);
 #pragma unroll 1
           for (int m = kKept; m < M; ++m) {
             float more[V];
             load_weights(m, more);
             add(m, more);
           }
-          store(static_cast<T*>(f.unit.v) + int64_t{at.pixel} * C + c, total);
+          store(v + p * C, total);
         }
       }
       meet();
-      if (thread == 0) {
-        if (chunk.kind == kSelectLast) add_to_count(f.selected + chunk.tile);
-        if (chunk.kind == kAttend) add_to_count(f.attended_to + chunk.tile);
-      }
-      if ((number + 1) % f.buffers == 0) phase ^= 1;
+      if (thread == 0 && chunk.kind == kLast) add_to_count(f.selected + chunk.image);
+      if (thread == 0 && chunk.kind == kAttend) add_to_count(f.attended_to + chunk.image);
+      if (++buffer == f.buffers) buffer = 0, phase ^= 1;
+      --begun;
     }
   }
 
-  __device__ __forceinline__ void attend_to_all(int tile) const {
-    const int first = f.first_ending(tile * Tile::kRows), end = f.first_ending((tile + 1) * Tile::kRows);
-    for (int t = f.first_row(first) / Tile::kRows + thread; t <= tile; t += kGroup) wait_for(f.convolved + t, f.units_of_tile * Tile::kGroups);
-    meet();
-#pragma unroll 1
-    for (int image = first; image < end; image += f.attended) {
-      attend(image, end - image < f.attended ? end - image : f.attended);
-      meet();
-    }
-  }
-
-  // Of up to kAttended images.
-  __device__ __forceinline__ void attend(int first_image, int images) const {
+  __device__ __forceinline__ void attend(int image) const {
     const int C = f.unit.C, rows = f.unit.M * C, D = static_cast<int>(f.unit.attention.D);
-    float *const s = reinterpret_cast<float*>(shared + f.memory), *const hidden = s + f.attended * C, *const logits = hidden + f.attended * D;
-    for (int i = thread; i < images * C; i += kGroup) {
-      const int image = first_image + i / C, first = f.first_row(image) / Tile::kGroupRows + image;
-      const int count = f.last_row(image) / Tile::kGroupRows + image + 1 - first;
-      const float* const from = f.row_sums + int64_t{first} * C + i % C;
+    float *const s = reinterpret_cast<float*>(shared + f.memory), *const hidden = s + C, *const logits = hidden + D;
+    for (int t = f.first_row(image) / Tile::kRows + thread; t <= f.last_row(image) / Tile::kRows; t += kGroup)
+      wait_for(f.convolved + t, f.units_of_tile * Tile::kGroups);
+    meet();
+    const int first = f.first_row(image) / Tile::kGroupRows + image, count = f.last_row(image) / Tile::kGroupRows + image + 1 - first;
+    for (int c = thread; c < C; c += kGroup) {
+      const float* const from = f.row_sums + int64_t{first} * C + c;
       float total = 0;
 #pragma unroll 8
       for (int row = 0; row < count; ++row) total += load_fresh(from + row * C);
-      s[i] = total / static_cast<float>(f.pixels);
+      s[c] = total / static_cast<float>(f.pixels);
     }
     meet();
 #pragma unroll 2
     for (int d = thread / kWarp; d < D; d += kGroup / kWarp) {
-      float total[kAttended] = {};
-      sum_in_blocks(thread % kWarp, C, kWarp, total, [&](int64_t c, float(&part)[kAttended]) {
-        const float w = f.prepared.reduce[d * C + static_cast<int>(c)];
-#pragma unroll
-        for (int i = 0; i < kAttended; ++i)
-          if (i < images) part[i] += w * s[i * C + c];
-      });
-#pragma unroll
-      for (int i = 0; i < kAttended; ++i) {
-        if (i >= images) break;
-        const float z = sum_of_lanes(total[i], kWarp) * f.prepared.hidden_norm[d] + f.prepared.hidden_norm[D + d];
-        if (thread % kWarp == 0) hidden[i * D + d] = z <= 0 ? static_cast<float>(f.unit.attention.slope) * z : z;
-      }
+      float total[1] = {};
+      sum_in_blocks(thread % kWarp, C, kWarp, total,
+                    [&](int64_t c, float(&part)[1]) { part[0] += f.prepared.reduce[d * C + static_cast<int>(c)] * s[c]; });
+      const float z = sum_of_lanes(total[0], kWarp) * f.prepared.hidden_norm[d] + f.prepared.hidden_norm[D + d];
+      if (thread % kWarp == 0) hidden[d] = z <= 0 ? static_cast<float>(f.unit.attention.slope) * z : z;
     }
     meet();
+#pragma unroll 2
     for (int row = thread; row < rows; row += kGroup) {
-      float total[kAttended] = {};
-      sum_in_blocks(0, D, 1, total, [&](int64_t d, float(&part)[kAttended]) {
-        const float w = f.prepared.select[static_cast<int>(d) * rows + row];
-#pragma unroll
-        for (int i = 0; i < kAttended; ++i)
-          if (i < images) part[i] += w * hidden[i * D + d];
-      });
-#pragma unroll
-      for (int i = 0; i < kAttended; ++i)
-        if (i < images) logits[i * rows + row] = total[i];
+      float total[1] = {};
+      sum_in_blocks(0, D, 1, total,
+                    [&](int64_t d, float(&part)[1]) { part[0] += f.prepared.select[static_cast<int>(d) * rows + row] * hidden[d]; });
+      logits[row] = total[0];
     }
     meet();
-    for (int i = thread; i < images * C; i += kGroup) {
-      float* const own = logits + i / C * rows + i % C;
-      softmax(own, f.unit.M, C);
-      for (int m = 0; m < f.unit.M; ++m) f.a[(int64_t{first_image + i / C} * f.unit.M + m) * C + i % C] = own[m * C];
+    for (int c = thread; c < C; c += kGroup) {
+      softmax(logits + c, f.unit.M, C);
+      for (int m = 0; m < f.unit.M; ++m) f.a[int64_t{image} * rows + m * C + c] = logits[m * C + c];
     }
   }
 };
@@ -672,19 +652,18 @@ template <class Tile> static int64_t plan_of(const Unit& f, int64_t most, Hopper
   ring.chunks = ring.block_inputs / 16;
   ring.share = f.split ? f.channels / f.M : f.channels;
 
-  const int64_t an_image = ((f.M + 1) * f.C + f.attention.D) * static_cast<int64_t>(sizeof(float));
   int64_t bytes = kFirst;
   const auto take = [&](int64_t more) { return static_cast<int>(std::exchange(bytes, quotient(bytes + more, 128) * 128)); };
   ring.images = (Tile::kGroupRows - 2) / ring.image + 2;
-  ring.attended = static_cast<int>(std::clamp<int64_t>(kAttendedBytes / an_image, 1, kAttended));
   ring.lanes = Divisor(std::min(f.C / 8, kGroup));
-  ring.chunk_rows = kChunkVectors / kGroup * (kGroup / ring.lanes);
-  ring.chunk_bytes = ring.chunk_rows * f.C * 2;
-  ring.buffers = std::clamp(kBufferBytes / (f.M * ring.chunk_bytes), 2, kMostBuffers);
+  ring.row_chunks = static_cast<int>(quotient(f.W, std::max(1, Tile::kChunkBytes / (f.C * 2))));
+  ring.chunk_pixels = static_cast<int>(quotient(f.W, ring.row_chunks));
+  ring.chunk_bytes = ring.chunk_pixels * f.C * 2;
+  ring.buffers = std::clamp(Tile::kBufferBytes / (f.M * ring.chunk_bytes), 2, kMostBuffers);
   ring.norms = take(int64_t{2} * f.M * f.C * sizeof(float));
-  ring.sums = take(int64_t{Tile::kGroups} * 2 * ring.images * 4 * Tile::kChannels * sizeof(float));
+  ring.sums = take(int64_t{Tile::kGroups} * Tile::kSets * ring.images * 4 * Tile::kChannels * sizeof(float));
   ring.addresses = take(int64_t{ring.read} * 2 * sizeof(int));
-  ring.memory = take(ring.attended * an_image);
+  ring.memory = take(((f.M + 1) * f.C + f.attention.D) * sizeof(float));
   ring.buffers_at = take(int64_t{ring.buffers} * f.M * ring.chunk_bytes);
   ring.stages_at = static_cast<int>(bytes);
   ring.plane = static_cast<int>(quotient(int64_t{ring.read} * 16, 128) * 128);
@@ -710,21 +689,24 @@ bool unit_on_hopper(const Unit& f, const std::function<void*(int64_t)>& allocate
       constexpr auto kernel = _unit_hopper_kernel<T, Tile>;
       constexpr auto prepare = _unit_prepare_kernel<Tile>;
       const int blocks = resident_blocks<kernel>("unit", shared, queue.device, Tile::kThreads);
+      // The ring: most of the L2 cache, through which x and v go as well, if an image has room in it. The selection comes as much later than
+      // the attention as there is room for beside the tiles that are convolved at a time: what it waits for is then there.
       const int64_t tile_bytes = int64_t{f.M} * Tile::kRows * f.C * 2, room = attribute(cudaDevAttrL2CacheSize) * int64_t{3} / 4 / tile_bytes;
-      // How many tiles the last one of an image may lie behind one that it is in.
-      ring.lag = static_cast<int>(quotient(int64_t{ring.last_of_image}, Tile::kRows));
-      ring.slots = Divisor(std::clamp<int64_t>(room, ring.lag + 1, std::max(ring.tiles, ring.lag + 1)));
-      const int64_t wanted = quotient(Tile::kRows, std::max<int64_t>(1, int64_t{Tile::kRows} * f.C / kPartValues));
-      ring.part_rows = static_cast<int>(quotient(wanted, ring.chunk_rows) * ring.chunk_rows);
-      ring.parts = static_cast<int>(quotient(Tile::kRows, ring.part_rows));
+      const int64_t fewest = quotient(ring.image, Tile::kRows) + 2;
+      ring.slots = Divisor(std::clamp<int64_t>(room, fewest, std::max<int64_t>(ring.tiles, fewest)));
+      ring.slot_rows = ring.slots * Tile::kRows;
+      const int64_t free_rows = int64_t{ring.slots - 2 - static_cast<int>(quotient(blocks, ring.units_of_tile))} * Tile::kRows;
+      ring.lag = static_cast<int>(std::max<int64_t>(free_rows / ring.image - 1 - blocks * kPartValues / (int64_t{ring.pixels} * f.C), 0));
+      ring.part_rows = static_cast<int>(std::clamp<int64_t>(kPartValues / (f.W * f.C), 1, f.H));
+      ring.parts = static_cast<int>(quotient(f.H, ring.part_rows));
       ring.step_items = Divisor(1 + ring.parts);
-      const int64_t items = (int64_t{ring.tiles} + ring.lag) * ring.step_items;
+      const int64_t items = (f.B + ring.lag) * ring.step_items;
       if (items >= int64_t{1} << 30) return;
       ring.items = static_cast<int>(items);
 
       Parts parts;
       const int64_t floats = sizeof(float), D = f.attention.D;
-      ring.counts = 2 + 3 * ring.tiles;
+      ring.counts = 2 + ring.tiles + 2 * static_cast<int>(f.B);
       ring.weight_vectors = static_cast<int>(int64_t{ring.channel_tiles} * f.M * ring.chunks * Tile::kWeightBytes / 16);
       const int64_t counts = parts.take(ring.counts * int64_t{sizeof(unsigned)}), weights = parts.take(int64_t{ring.weight_vectors} * 16);
       const int64_t norms = parts.take(2 * f.M * f.C * floats), reduce = parts.take(D * f.C * floats), hidden = parts.take(2 * D * floats);
@@ -740,7 +722,7 @@ bool unit_on_hopper(const Unit& f, const std::function<void*(int64_t)>& allocate
       ring.next_item = ring.next_unit + 1;
       ring.convolved = ring.next_unit + 2;
       ring.attended_to = ring.convolved + ring.tiles;
-      ring.selected = ring.attended_to + ring.tiles;
+      ring.selected = ring.attended_to + f.B;
       const int64_t most_prepared = std::max({int64_t{ring.weight_vectors}, int64_t{ring.counts}, D * f.M * f.C});
       launch<prepare>("unit", f, quotient(most_prepared, kThreads), Blocks::alone, 0, queue, ring);
       launch<kernel>("unit", f, std::min(ring.units, blocks), Blocks::alone, shared, queue, ring, Tile::kThreads);

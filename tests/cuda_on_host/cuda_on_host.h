@@ -236,12 +236,12 @@ inline int same_in_warp(int x) {
   return first;
 }
 
-struct Matrix {
+struct SharedMatrix {
   const unsigned char* at;
   int apart;
-  Matrix(const unsigned char* shared, int at, int apart) : at(shared + at), apart(apart) {}
-  Matrix from(int row) const {
-    Matrix later = *this;
+  SharedMatrix(const unsigned char* shared, int at, int apart) : at(shared + at), apart(apart) {}
+  SharedMatrix from(int row) const {
+    SharedMatrix later = *this;
     later.at += 16 * row;
     return later;
   }
@@ -253,7 +253,7 @@ struct Matrix {
 };
 
 // Of the four warps each does its own 16 rows, when it is asked to.
-template <class T, int kAlong> void multiply_add_shared(T, float (&c)[kAlong][4], const Matrix& left, const Matrix& right, bool adds) {
+template <class T, int kAlong> void multiply_add_shared(T, float (&c)[kAlong][4], const SharedMatrix& left, const SharedMatrix& right, bool adds) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, warp = threadIdx.x / 32 % 4;
   for (int h = 0; h < 2; ++h) {
     float row[16];
