@@ -10,7 +10,8 @@
 //
 //   the first copies x and the weights of what comes next into stages of shared memory;
 //   the next ones multiply, each its own pixels of the tile; in the end they normalize, activate, store u and its sums over pixels;
-//   the last computes the attention of the images that are complete, and selects, image row by image row.
+//   the last computes the attention of the images that are complete, and selects, image row by image row: one warp has what is needed
+//   copied, three compute.
 //
 // The work is two lists, of which a block takes the next item by a counter each: `units` of convolutions, tile by tile; and steps, of which
 // step i has the attention of image i, and then the parts of the selection of image i - lag. Here
@@ -110,10 +111,10 @@ struct HopperRing {
   }
 };
 
-// Where barriers are: of every stage, that it is full, and that it is empty; of two warpgroups, that it is their turn; of every chunk that is
-// selected, that it is there. Then what a stage belongs to, the unit that is next, and what the chunks are.
+// Where barriers are: of every stage, that it is full, and that it is empty; of two warpgroups, that it is their turn; of every buffer
+// for chunks, that it is full, and that it is empty. Then what a stage belongs to, the unit that is next, and what the chunks are.
 constexpr int kMostStages = 8, kMostBuffers = 4;
-constexpr int kFull = 0, kEmpty = 64, kTurn = 128, kChunkFull = 144, kUnitOf = 176, kNextUnit = 208, kChunks = 256, kFirst = 384;
+constexpr int kFull = 0, kEmpty = 64, kTurn = 128, kChunkFull = 144, kChunkEmpty = 176, kUnitOf = 208, kNextUnit = 240, kChunks = 256, kFirst = 384;
 
 template <class T, class Tile> __device__ __forceinline__ void copy_units(const HopperRing& f, unsigned char* shared) {
   const int thread = static_cast<int>(threadIdx.x) % kGroup, half = thread % 2;
@@ -179,8 +180,10 @@ template <class T, class Tile> struct Multiplier {
   unsigned char* const shared;
   const int group, warp, lane;
   int stage = 0, phase = 0;
-  // Of this lane's rows of a unit: their images, or -1.
-  int image_of[kBlocks][2], first_image, last_image;
+  // The images of a unit; of each of this lane's rows a byte, as registers are few: which one it is of, or kNone.
+  static constexpr unsigned kNone = 255;
+  unsigned images[(2 * kBlocks + 3) / 4];
+  int first_image, last_image;
 
   __device__ __forceinline__ Multiplier(const HopperRing& f, unsigned char* shared, int group)
       : f(f),
@@ -189,6 +192,9 @@ template <class T, class Tile> struct Multiplier {
         warp(same_in_warp(static_cast<int>(threadIdx.x) % kGroup / kWarp)),
         lane(static_cast<int>(threadIdx.x) % kWarp) {}
 
+  __device__ __forceinline__ unsigned image_of(int block, int half) const {
+    return images[(2 * block + half) / 4] >> (2 * block + half) % 4 * 8 & 255;
+  }
   __device__ __forceinline__ int row_of(int block, int half) const { return block * kRowsAtOnce + warp * 16 + lane / 4 + 8 * half; }
   __device__ __forceinline__ void advance() {
     if (++stage == f.stages) stage = 0, phase ^= 1;
@@ -248,7 +254,7 @@ template <class T, class Tile> struct Multiplier {
           for (int k = 0; k < kOwn; ++k) c[block][q * kJoined + k / 2][2 * half + k % 2] = value[k];
 #pragma unroll
           for (int k = 0; k < kOwn; k += 2) narrow_pair(value[k], value[k + 1], narrowed + k);
-          if (image_of[block][half] >= 0) store_own(u + row_of(block, half) * f.unit.C + q * 8 * kJoined, narrowed);
+          if (image_of(block, half) != kNone) store_own(u + row_of(block, half) * f.unit.C + q * 8 * kJoined, narrowed);
         }
     }
 #pragma unroll 1
@@ -260,7 +266,7 @@ template <class T, class Tile> struct Multiplier {
         for (int block = 0; block < kBlocks; ++block)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const bool of_it = image_of[block][half] == image;
+            const bool of_it = static_cast<int>(image_of(block, half)) == image - first_image;
 #pragma unroll
             for (int k = 0; k < kOwn; ++k) total[k] += of_it ? c[block][q * kJoined + k / 2][2 * half + k % 2] : 0;
           }
@@ -292,16 +298,18 @@ template <class T, class Tile> struct Multiplier {
       if (unit == f.units) return;
       const int tile = unit / f.units_of_tile, first = (unit - tile * f.units_of_tile) * f.together;
       const int first_row = tile * Tile::kRows + group * Tile::kGroupRows;
+      const int end = (first_row + Tile::kGroupRows - 1) / f.image, all = static_cast<int>(f.unit.B);
+      first_image = first_row / f.image;
+      last_image = end < all ? end : all - 1;
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const Row row = f.find(first_row + row_of(block, half));
-          image_of[block][half] = row.pixel < 0 ? -1 : row.image;
+          unsigned& four = images[(2 * block + half) / 4];
+          if ((2 * block + half) % 4 == 0) four = 0;
+          four |= (row.pixel < 0 ? kNone : row.image - first_image) << (2 * block + half) % 4 * 8;
         }
-      const int end = (first_row + Tile::kGroupRows - 1) / f.image, all = static_cast<int>(f.unit.B);
-      first_image = first_row / f.image;
-      last_image = end < all ? end : all - 1;
 
       for (int channels = first; channels < first + f.together && channels < f.channel_tiles; ++channels) {
         float* const sums = sets + set * f.images * 4 * kChannels;
@@ -355,10 +363,10 @@ template <class T, class Tile> struct Multiplier {
   }
 };
 
-// The attention and the selection, by the last warpgroup. What is selected comes in chunks: pixels of a row of an image, of all branches. The
-// first thread has them copied into shared memory ahead. The attention counts as a chunk, too.
+// The attention and the selection. What is selected comes in chunks: pixels of a row of an image, of all branches. The attention counts as a
+// chunk, too.
 template <class T, class Tile> struct Selector {
-  static constexpr int V = 8;
+  static constexpr int V = 8, kWarpsThatCompute = kGroup / kWarp - 1, kCount = kWarpsThatCompute * kWarp;
   // The last chunk of a part; another one; the attention of an image; the end.
   enum Kind : int { kLast, kSelect, kAttend, kEnd };
   struct Chunk {
@@ -367,142 +375,137 @@ template <class T, class Tile> struct Selector {
 
   const HopperRing& f;
   unsigned char* const shared;
-  const int thread;
-  // Of the first thread: the item that it has taken, which is late, as others may wait for it; where it is in that: the chunks of the part
-  // that are left, and the row of the image and the chunk of this row that come next; and how many chunks are begun and
-  // not finished.
-  unsigned next = 0;
-  bool has_next = false, ended = false;
-  int image = 0, left = 0, y = 0, of_row = 0, begun = 0;
-  // Where the chunk is that is finished next.
-  int buffer = 0;
+  int buffer = 0, phase = 0;
 
-  __device__ __forceinline__ Selector(const HopperRing& f, unsigned char* shared)
-      : f(f), shared(shared), thread(static_cast<int>(threadIdx.x) % kGroup) {}
-
-  static __device__ __forceinline__ void meet() { meet_others<kGroup>(1 + Tile::kGroups); }
-  __device__ __forceinline__ Chunk* chunk_of(int buffer) const { return reinterpret_cast<Chunk*>(shared + kChunks) + buffer; }
-  __device__ __forceinline__ int full(int buffer) const { return kChunkFull + 8 * buffer; }
-  __device__ __forceinline__ int buffer_at(int buffer, int m) const { return f.buffers_at + (buffer * f.unit.M + m) * f.chunk_bytes; }
-
-  // By the first thread: begins the next chunk; or does not, if that has to wait and may not: as long as a chunk that was begun is not
-  // finished, others may wait for this block.
-  __device__ __forceinline__ void begin(bool waits) {
-    const int last = this->buffer + begun, buffer = last < f.buffers ? last : last - f.buffers;
-    while (left == 0) {
-      if (!has_next) next = take_number(f.next_item);
-      has_next = true;
-      if (next >= static_cast<unsigned>(f.items)) {
-        ended = true;
-        chunk_of(buffer)->kind = kEnd;
-        arrive_at(shared, full(buffer));
-        ++begun;
-        return;
-      }
-      const int item = static_cast<int>(next), step = item / f.step_items, part = item - step * f.step_items - 1;
-      image = part < 0 ? step : step - f.lag;
-      if (part < 0 && image < f.unit.B) {
-        has_next = false;
-        *chunk_of(buffer) = {kAttend, image, 0, 0};
-        arrive_at(shared, full(buffer));
-        ++begun;
-        return;
-      }
-      if (part >= 0 && image >= 0 && image < f.unit.B) {
-        if (waits) wait_for(f.attended_to + image, 1);
-        else if (read_count(f.attended_to + image) == 0) return;
-        copies_after_stores();
-        y = part * f.part_rows;
-        const int rows = static_cast<int>(f.unit.H) - y;
-        left = (rows < f.part_rows ? rows : f.part_rows) * f.row_chunks;
-        of_row = 0;
-      }
-      has_next = false;
-    }
-    const int C = f.unit.C, W = static_cast<int>(f.unit.W), x = of_row * f.chunk_pixels, pixels = W - x < f.chunk_pixels ? W - x : f.chunk_pixels;
-    *chunk_of(buffer) = {--left == 0 ? kLast : kSelect, image, (image * static_cast<int>(f.unit.H) + y) * W + x, pixels};
-    arrive_expecting(shared, full(buffer), f.unit.M * pixels * C * 2);
-    // In the ring it may go round the end.
-    const int row = f.first_row(image) + y * f.row + x, at = row - row / f.slot_rows * f.slot_rows;
-    const int before = f.slot_rows - at < pixels ? f.slot_rows - at : pixels;
-    for (int m = 0; m < f.unit.M; ++m) {
-      const T* const u = static_cast<const T*>(f.u) + int64_t{m} * f.slot_rows * C;
-      copy_bulk(shared, buffer_at(buffer, m), u + int64_t{at} * C, before * C * 2, full(buffer));
-      if (before < pixels) copy_bulk(shared, buffer_at(buffer, m) + before * C * 2, u, (pixels - before) * C * 2, full(buffer));
-    }
-    if (++of_row == f.row_chunks) of_row = 0, ++y;
-    ++begun;
+  static __device__ __forceinline__ void meet() { meet_others<kCount>(1 + Tile::kGroups); }
+  __device__ __forceinline__ void advance() {
+    if (++buffer == f.buffers) buffer = 0, phase ^= 1;
   }
-  // At least one chunk, and others as long as there are buffers.
-  __device__ __forceinline__ void begin_ahead() {
-    for (int last = -1; begun != last && begun < f.buffers && !ended;) {
-      last = begun;
-      begin(begun == 0);
-    }
-  }
+  __device__ __forceinline__ Chunk* chunk() const { return reinterpret_cast<Chunk*>(shared + kChunks) + buffer; }
+  __device__ __forceinline__ int full() const { return kChunkFull + 8 * buffer; }
+  __device__ __forceinline__ int empty() const { return kChunkEmpty + 8 * buffer; }
+  __device__ __forceinline__ int branch_at(int m) const { return f.buffers_at + (buffer * f.unit.M + m) * f.chunk_bytes; }
 
-  __device__ __forceinline__ void run() {
-    const int C = f.unit.C, M = f.unit.M, rows = kGroup / f.lanes, own = thread / f.lanes, c = (thread - own * f.lanes) * V;
-    // Those of the first branches are kept as long as chunks are of this image.
-    constexpr int kKept = 2;
-    float weights[kKept][V];
-    int weights_of = -1, phase = 0;
+  // By one thread: takes items and has their chunks copied.
+  __device__ __forceinline__ void copy() {
     for (;;) {
-      if (thread == 0) begin_ahead();
-      wait_at(shared, full(buffer), phase);
-      const Chunk chunk = *chunk_of(buffer);
-      if (chunk.kind == kEnd) return;
-      if (chunk.kind == kAttend) {
-        attend(chunk.image);
-      } else if (own < rows) {
-        const auto load_weights = [&](int m, float(&to)[V]) {
-          const float4* const from = reinterpret_cast<const float4*>(f.a + (int64_t{chunk.image} * M + m) * C + c);
-          const float4 halves[2] = {load_fresh(from), load_fresh(from + 1)};
-          memcpy(to, halves, sizeof(to));
-        };
-        if (chunk.image != weights_of)
-#pragma unroll
-          for (int m = 0; m < kKept; ++m)
-            if (m < M) load_weights(m, weights[m]);
-        weights_of = chunk.image;
-        T* const v = static_cast<T*>(f.unit.v) + int64_t{chunk.pixel} * C + c;
-#pragma unroll 2
-        for (int p = own; p < chunk.pixels; p += rows) {
-          float total[V] = {};
-          const auto add = [&](int m, const float(&factors)[V]) {
-            Packed<V, T> values;
-            values.load(reinterpret_cast<const T*>(shared + buffer_at(buffer, m)) + p * C + c);
-#pragma unroll
-            for (int i = 0; i < V; ++i) total[i] += factors[i] * values[i];
-          };
-#pragma unroll
-          for (int m = 0; m < kKept; ++m)
-            if (m < M) add(m, weights[m]);
-#pragma unroll 1
-          for (int m = kKept; m < M; ++m) {
-            float more[V];
-            load_weights(m, more);
-            add(m, more);
-          }
-          store(v + p * C, total);
-        }
+      const unsigned item = take_number(f.next_item);
+      const bool ends = item >= static_cast<unsigned>(f.items);
+      const int step = static_cast<int>(item) / f.step_items, part = static_cast<int>(item) - step * f.step_items - 1;
+      const int image = part < 0 ? step : step - f.lag;
+      if (ends || part < 0) {
+        if (!ends && image >= f.unit.B) continue;
+        wait_at(shared, empty(), phase ^ 1);
+        *chunk() = {ends ? kEnd : kAttend, image, 0, 0};
+        arrive_at(shared, full());
+        advance();
+        if (ends) return;
+        continue;
       }
-      meet();
-      if (thread == 0 && chunk.kind == kLast) add_to_count(f.selected + chunk.image);
-      if (thread == 0 && chunk.kind == kAttend) add_to_count(f.attended_to + chunk.image);
-      if (++buffer == f.buffers) buffer = 0, phase ^= 1;
-      --begun;
+      if (image < 0 || image >= f.unit.B) continue;
+      wait_for(f.attended_to + image, 1);
+      copies_after_stores();
+      const int C = f.unit.C, H = static_cast<int>(f.unit.H), W = static_cast<int>(f.unit.W);
+      const int behind = (part + 1) * f.part_rows < H ? (part + 1) * f.part_rows : H;
+#pragma unroll 1
+      for (int y = part * f.part_rows; y < behind; ++y)
+#pragma unroll 1
+        for (int x = 0; x < W; x += f.chunk_pixels) {
+          const int pixels = W - x < f.chunk_pixels ? W - x : f.chunk_pixels;
+          wait_at(shared, empty(), phase ^ 1);
+          *chunk() = {y + 1 == behind && x + pixels == W ? kLast : kSelect, image, (image * H + y) * W + x, pixels};
+          arrive_expecting(shared, full(), f.unit.M * pixels * C * 2);
+          // In the ring it may go round the end.
+          const int row = f.first_row(image) + y * f.row + x, at = row - row / f.slot_rows * f.slot_rows;
+          const int before = f.slot_rows - at < pixels ? f.slot_rows - at : pixels;
+#pragma unroll 1
+          for (int m = 0; m < f.unit.M; ++m) {
+            const T* const u = static_cast<const T*>(f.u) + int64_t{m} * f.slot_rows * C;
+            copy_bulk(shared, branch_at(m), u + int64_t{at} * C, before * C * 2, full());
+            if (before < pixels) copy_bulk(shared, branch_at(m) + before * C * 2, u, (pixels - before) * C * 2, full());
+          }
+          advance();
+        }
     }
   }
 
-  __device__ __forceinline__ void attend(int image) const {
+  // By the other warps, of which this is thread `thread`.
+  __device__ __forceinline__ void run(int thread) {
+    const int C = f.unit.C, M = f.unit.M, rows = kCount / f.lanes, own = thread / f.lanes;
+    // Those of the first branches are kept as long as chunks are of this image, and the thread has the same channels.
+    constexpr int kKept = 2, kAtOnce = 2;
+    float weights[kKept][V];
+    int weights_of = -1;
+    for (;; advance()) {
+      wait_at(shared, full(), phase);
+      const Chunk now = *chunk();
+      if (now.kind == kEnd) return;
+      // What was copied is here: its place in the ring may be taken.
+      if (now.kind == kLast && thread == 0) take_number(f.selected + now.image);
+      if (now.kind == kAttend) {
+        attend(now.image, thread);
+        meet();
+        if (thread == 0) add_to_count(f.attended_to + now.image);
+      } else if (own < rows) {
+#pragma unroll 1
+        for (int c = (thread - own * f.lanes) * V; c < C; c += f.lanes * V) {
+          const auto load_weights = [&](int m, float(&to)[V]) {
+            const float4* const from = reinterpret_cast<const float4*>(f.a + (int64_t{now.image} * M + m) * C + c);
+            const float4 halves[2] = {load_fresh(from), load_fresh(from + 1)};
+            memcpy(to, halves, sizeof(to));
+          };
+          if (now.image != weights_of || f.lanes * V < C) {
+#pragma unroll
+            for (int m = 0; m < kKept; ++m) load_weights(m < M ? m : 0, weights[m]);
+          }
+          T* const v = static_cast<T*>(f.unit.v) + int64_t{now.pixel} * C + c;
+          const T* const u = reinterpret_cast<const T*>(shared + branch_at(0)) + c;
+          const int branch = f.chunk_bytes / static_cast<int>(sizeof(T));
+#pragma unroll 1
+          for (int p = own; p < now.pixels; p += kAtOnce * rows) {
+            // The second may be the first again.
+            const int at[kAtOnce] = {p * C, (p + rows < now.pixels ? p + rows : p) * C};
+            Packed<V, T> values[kAtOnce][kKept];
+#pragma unroll
+            for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+              for (int m = 0; m < kKept; ++m) values[j][m].load(u + (m < M ? m : 0) * branch + at[j]);
+#pragma unroll
+            for (int j = 0; j < kAtOnce; ++j) {
+              float total[V];
+#pragma unroll
+              for (int i = 0; i < V; ++i) total[i] = weights[0][i] * values[j][0][i];
+              if (M > 1) {
+#pragma unroll
+                for (int i = 0; i < V; ++i) total[i] += weights[1][i] * values[j][1][i];
+              }
+#pragma unroll 1
+              for (int m = kKept; m < M; ++m) {
+                float more[V];
+                load_weights(m, more);
+                values[j][0].load(u + m * branch + at[j]);
+#pragma unroll
+                for (int i = 0; i < V; ++i) total[i] += more[i] * values[j][0][i];
+              }
+              store(v + at[j], total);
+            }
+          }
+        }
+        weights_of = now.image;
+      }
+      __syncwarp();
+      if (thread % kWarp == 0) arrive_at(shared, empty());
+    }
+  }
+
+  __device__ __forceinline__ void attend(int image, int thread) const {
     const int C = f.unit.C, rows = f.unit.M * C, D = static_cast<int>(f.unit.attention.D);
     float *const s = reinterpret_cast<float*>(shared + f.memory), *const hidden = s + C, *const logits = hidden + D;
-    for (int t = f.first_row(image) / Tile::kRows + thread; t <= f.last_row(image) / Tile::kRows; t += kGroup)
+    for (int t = f.first_row(image) / Tile::kRows + thread; t <= f.last_row(image) / Tile::kRows; t += kCount)
       wait_for(f.convolved + t, f.units_of_tile * Tile::kGroups);
     meet();
     const int first = f.first_row(image) / Tile::kGroupRows + image, count = f.last_row(image) / Tile::kGroupRows + image + 1 - first;
-    for (int c = thread; c < C; c += kGroup) {
+    for (int c = thread; c < C; c += kCount) {
       const float* const from = f.row_sums + int64_t{first} * C + c;
       float total = 0;
 #pragma unroll 8
@@ -510,8 +513,8 @@ template <class T, class Tile> struct Selector {
       s[c] = total / static_cast<float>(f.pixels);
     }
     meet();
-#pragma unroll 2
-    for (int d = thread / kWarp; d < D; d += kGroup / kWarp) {
+#pragma unroll 1
+    for (int d = thread / kWarp; d < D; d += kWarpsThatCompute) {
       float total[1] = {};
       sum_in_blocks(thread % kWarp, C, kWarp, total,
                     [&](int64_t c, float(&part)[1]) { part[0] += f.prepared.reduce[d * C + static_cast<int>(c)] * s[c]; });
@@ -519,15 +522,15 @@ template <class T, class Tile> struct Selector {
       if (thread % kWarp == 0) hidden[d] = z <= 0 ? static_cast<float>(f.unit.attention.slope) * z : z;
     }
     meet();
-#pragma unroll 2
-    for (int row = thread; row < rows; row += kGroup) {
+#pragma unroll 1
+    for (int row = thread; row < rows; row += kCount) {
       float total[1] = {};
       sum_in_blocks(0, D, 1, total,
                     [&](int64_t d, float(&part)[1]) { part[0] += f.prepared.select[static_cast<int>(d) * rows + row] * hidden[d]; });
       logits[row] = total[0];
     }
     meet();
-    for (int c = thread; c < C; c += kGroup) {
+    for (int c = thread; c < C; c += kCount) {
       softmax(logits + c, f.unit.M, C);
       for (int m = 0; m < f.unit.M; ++m) f.a[int64_t{image} * rows + m * C + c] = logits[m * C + c];
     }
@@ -544,7 +547,10 @@ template <class T, class Tile> __global__ __launch_bounds__(Tile::kThreads, 1) v
         open_barrier(shared, kEmpty + 8 * stage, Tile::kGroups * 4);
       }
       for (int turn : {0, 1}) open_barrier(shared, kTurn + 8 * turn, 4);
-      for (int buffer = 0; buffer < f.buffers; ++buffer) open_barrier(shared, kChunkFull + 8 * buffer, 1);
+      for (int buffer = 0; buffer < f.buffers; ++buffer) {
+        open_barrier(shared, kChunkFull + 8 * buffer, 1);
+        open_barrier(shared, kChunkEmpty + 8 * buffer, Selector<T, Tile>::kWarpsThatCompute);
+      }
       barriers_are_open();
     }
     float* const norms = reinterpret_cast<float*>(shared + f.norms);
@@ -558,7 +564,10 @@ template <class T, class Tile> __global__ __launch_bounds__(Tile::kThreads, 1) v
       Multiplier<T, Tile>(f, shared, group - 1).run();
     } else {
       take_registers<Tile::kLaunched, Tile::kSelecting>();
-      Selector<T, Tile>(f, shared).run();
+      const int thread = static_cast<int>(threadIdx.x) % kGroup;
+      Selector<T, Tile> selector{f, shared};
+      if (thread >= kWarp) selector.run(thread - kWarp);
+      else if (thread == 0) selector.copy();
     }
   }
 }
@@ -655,7 +664,7 @@ template <class Tile> static int64_t plan_of(const Unit& f, int64_t most, Hopper
   int64_t bytes = kFirst;
   const auto take = [&](int64_t more) { return static_cast<int>(std::exchange(bytes, quotient(bytes + more, 128) * 128)); };
   ring.images = (Tile::kGroupRows - 2) / ring.image + 2;
-  ring.lanes = Divisor(std::min(f.C / 8, kGroup));
+  ring.lanes = Divisor(std::min(f.C / 8, kGroup - kWarp));
   ring.row_chunks = static_cast<int>(quotient(f.W, std::max(1, Tile::kChunkBytes / (f.C * 2))));
   ring.chunk_pixels = static_cast<int>(quotient(f.W, ring.row_chunks));
   ring.chunk_bytes = ring.chunk_pixels * f.C * 2;
