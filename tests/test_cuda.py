@@ -196,14 +196,14 @@ def test_why_not_convolve_on_cuda():
         return native.why_not_convolve(torch.Size((2, groups * inputs, 8, 8)), dtype, weights, stride, [1, 2], groups, torch.device("cuda", 0))
 
     assert_taken_and_refused(why_not)
-    for inputs, groups in ((80, 1), (32, 2)):
-        assert "unless that is forced" in why_not(inputs, inputs, groups)
+    for inputs, groups, stride in ((512, 1, 1), (64, 2, 1), (16, 4, 2)):
+        assert "unless that is forced" in why_not(inputs, inputs, groups, stride=stride)
         with backends.use_backend("native"):
-            assert why_not(inputs, inputs, groups) is None
+            assert why_not(inputs, inputs, groups, stride=stride) is None
 
 
 def assert_taken_and_refused(why_not: Callable[..., str | None]) -> None:
-    for taken in ((64, 64), (32, 40), (4, 4, 32), (8, 8, 3), (16, 16, 4, torch.float16, 2)):
+    for taken in ((64, 64), (32, 40), (4, 4, 32), (8, 8, 3), (16, 16, 4, torch.float16)):
         assert why_not(*taken) is None
     assert "float32" in why_not(64, 64, dtype=torch.float32)
     for inputs, outputs, groups in ((8, 16, 4), (4, 4, 5), (24, 24, 1), (16, 4, 2)):

@@ -25,11 +25,11 @@ template <class A> struct Column {
 // term(k, part) for k from `first` on, every `step`; 16 terms at a time are summed before they join the total, as a long chain of
 // additions loses more.
 template <class A, int N, class F>
-__device__ __forceinline__ void sum_in_blocks(int64_t first, int64_t end, int64_t step, A (&total)[N], const F& term) {
-  for (int64_t k = first; k < end;) {
+__device__ __forceinline__ void sum_in_blocks(int first, int end, int step, A (&total)[N], const F& term) {
+  for (int k = first; k < end;) {
     A part[N] = {};
 #pragma unroll 4
-    for (const int64_t stop = k + 16 * step < end ? k + 16 * step : end; k < stop; k += step) term(k, part);
+    for (const int stop = k + 16 * step < end ? k + 16 * step : end; k < stop; k += step) term(k, part);
 #pragma unroll
     for (int i = 0; i < N; ++i) total[i] += part[i];
   }
@@ -58,7 +58,7 @@ __device__ __forceinline__ void multiply_rows(const Array& matrix, int rows, int
     for (int first = 0; first < rows; first += kRows * kApart) {
       const int own = first + static_cast<int>(threadIdx.x) / kLanes;
       A total[kRows * kImages] = {};
-      sum_in_blocks(lane, length, kLanes, total, [&](int64_t k, A(&part)[kRows * kImages]) {
+      sum_in_blocks(lane, length, kLanes, total, [&](int k, A(&part)[kRows * kImages]) {
 #pragma unroll
         for (int j = 0; j < kRows; ++j) {
           const int i = own + j * kApart;

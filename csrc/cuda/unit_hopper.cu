@@ -47,7 +47,7 @@ template <int kChannels_, int kBlocks_, int kGroups_, bool kTogether_> struct Ho
   static constexpr int kTapBytes = kChannels * 32, kWeightBytes = kTaps * kTapBytes;
   // Registers of a thread: of all warpgroups what the block is launched with, at a multiple of 8.
   static constexpr int kLaunched = 65536 / kThreads / 8 * 8;
-  static constexpr int kCopying = 48, kSelecting = 96, kMultiplying = (kLaunched * (2 + kGroups) - kCopying - kSelecting) / kGroups / 8 * 8;
+  static constexpr int kCopying = 48, kSelecting = 104, kMultiplying = (kLaunched * (2 + kGroups) - kCopying - kSelecting) / kGroups / 8 * 8;
 };
 
 // The parameters as they are read: for a tile of channels, branch and chunk nine taps of (2, kChannels, 8) inputs; of the branches' norms
@@ -517,7 +517,7 @@ template <class T, class Tile> struct Selector {
     for (int d = thread / kWarp; d < D; d += kWarpsThatCompute) {
       float total[1] = {};
       sum_in_blocks(thread % kWarp, C, kWarp, total,
-                    [&](int64_t c, float(&part)[1]) { part[0] += f.prepared.reduce[d * C + static_cast<int>(c)] * s[c]; });
+                    [&](int c, float(&part)[1]) { part[0] += f.prepared.reduce[d * C + c] * s[c]; });
       const float z = sum_of_lanes(total[0], kWarp) * f.prepared.hidden_norm[d] + f.prepared.hidden_norm[D + d];
       if (thread % kWarp == 0) hidden[d] = z <= 0 ? static_cast<float>(f.unit.attention.slope) * z : z;
     }
@@ -526,7 +526,7 @@ template <class T, class Tile> struct Selector {
     for (int row = thread; row < rows; row += kCount) {
       float total[1] = {};
       sum_in_blocks(0, D, 1, total,
-                    [&](int64_t d, float(&part)[1]) { part[0] += f.prepared.select[static_cast<int>(d) * rows + row] * hidden[d]; });
+                    [&](int d, float(&part)[1]) { part[0] += f.prepared.select[d * rows + row] * hidden[d]; });
       logits[row] = total[0];
     }
     meet();

@@ -77,6 +77,7 @@ const std::function<void()>* body = nullptr;
 Barrier grid_barrier;
 bool grid_waits = false;
 std::vector<Fiber*> ready;
+std::map<const void*, std::vector<Fiber*>> waiting;
 std::vector<void*> free_stacks;
 uint64_t random_state = 0;
 
@@ -167,6 +168,18 @@ void wait_for_meeting(int meeting, unsigned count) {
 void yield() {
   ready.push_back(current);
   leave(false);
+}
+
+void wait_for_change(const void* what) {
+  waiting[what].push_back(current);
+  leave(false);
+}
+
+void changed(const void* what) {
+  const auto found = waiting.find(what);
+  if (found == waiting.end()) return;
+  ready.insert(ready.end(), found->second.begin(), found->second.end());
+  waiting.erase(found);
 }
 
 void exchange(unsigned mask, const void* mine, void* theirs, size_t size, int from) {

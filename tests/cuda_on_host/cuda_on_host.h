@@ -47,6 +47,9 @@ struct Copy {
   size_t bytes;
 };
 std::deque<std::vector<Copy>>& copies();
+// Until it is said that what is there has changed.
+void wait_for_change(const void* what);
+void changed(const void* what);
 // Before and after a count that blocks share is read, or added to.
 void others_go_first(bool adds);
 
@@ -274,13 +277,14 @@ struct SharedBarrier {
 
   static SharedBarrier& of(unsigned char* shared, int at) { return *reinterpret_cast<SharedBarrier*>(shared + at); }
   void arrive(int arrivals, int more_bytes) {
-    cuda_on_host::others_go_first(true);
+    cuda_on_host::yield();
     missing -= arrivals;
     bytes += more_bytes;
     if (missing < 0) cuda_on_host::fail("more arrive than a barrier is open for");
     if (missing > 0 || bytes != 0) return;
     missing = expected;
     parity = ~parity;
+    cuda_on_host::changed(this);
   }
 };
 static_assert(sizeof(SharedBarrier) == 8);
@@ -291,7 +295,7 @@ inline void barriers_are_open() {}
 inline void arrive_at(unsigned char* shared, int at) { SharedBarrier::of(shared, at).arrive(1, 0); }
 inline void arrive_expecting(unsigned char* shared, int at, int bytes) { SharedBarrier::of(shared, at).arrive(1, bytes); }
 inline void wait_at(unsigned char* shared, int at, int parity) {
-  while ((SharedBarrier::of(shared, at).parity & 1) == parity) cuda_on_host::others_go_first(false);
+  while ((SharedBarrier::of(shared, at).parity & 1) == parity) cuda_on_host::wait_for_change(shared + at);
 }
 inline void copies_after_stores() {}
 inline void copy_bulk(unsigned char* shared, int to, const void* from, int bytes, int at) {
