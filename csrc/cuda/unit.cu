@@ -45,6 +45,52 @@ struct Ring {
   unsigned *next, *convolved, *attended, *selected;
 };
 
+// result(image, row, sum over k of matrix[row, k] x[image, k]) for all rows and up to kAttended images: by a block, of which kLanes lanes
+// read a few rows at a time side by side.
+template <int kLanes, class F>
+__device__ __forceinline__ void multiply_rows(const Array& matrix, int rows, int length, const float* x, int images, const F& result) {
+  // As many rows as there are registers for; 16 terms are summed before they join the total, as a long chain of additions loses more.
+  constexpr int kRows = 4, kApart = kThreads / kLanes, kChain = 16;
+  const int64_t lane = threadIdx.x % kLanes, terms = length;
+  const auto multiply = [&](const auto& element) {
+#pragma unroll 1
+    for (int first = 0; first < rows; first += kRows * kApart) {
+      const int own = first + static_cast<int>(threadIdx.x) / kLanes;
+      float total[kRows * kAttended] = {};
+      for (int64_t k = lane; k < terms;) {
+        float part[kRows * kAttended] = {};
+#pragma unroll 4
+        for (const int64_t stop = k + kChain * kLanes < terms ? k + kChain * kLanes : terms; k < stop; k += kLanes)
+#pragma unroll
+          for (int j = 0; j < kRows; ++j) {
+            const int row = own + j * kApart;
+            const float w = element(int64_t{row < rows ? row : rows - 1} * length + k);
+#pragma unroll
+            for (int image = 0; image < kAttended; ++image)
+              if (image < images) part[j * kAttended + image] += w * x[image * length + k];
+          }
+#pragma unroll
+        for (int i = 0; i < kRows * kAttended; ++i) total[i] += part[i];
+      }
+#pragma unroll
+      for (int image = 0; image < kAttended; ++image) {
+        if (image >= images) break;
+#pragma unroll
+        for (int j = 0; j < kRows; ++j) {
+          const float sum = sum_of_lanes(total[j * kAttended + image], kLanes);
+          if (lane == 0 && own + j * kApart < rows) result(image, own + j * kApart, sum);
+        }
+      }
+    }
+  };
+  if (matrix.type == Type::float32) {
+    const float* const values = static_cast<const float*>(matrix.data);
+    multiply([values](int64_t i) { return values[i]; });
+  } else {
+    multiply([&matrix](int64_t i) { return at<float>(matrix, i); });
+  }
+}
+
 // The attention of a few images, by one block.
 __device__ __forceinline__ void attend_to(const Ring& f, int first_image, int images, float* s) {
   const Attend& attention = f.unit.attention;
@@ -61,14 +107,12 @@ __device__ __forceinline__ void attend_to(const Ring& f, int first_image, int im
     }
   }
   __syncthreads();
-  const auto in_order = [](int row) { return row; };
-  multiply_rows<kWarp, kAttended>(attention.fc_reduce, D, C, s, images, in_order, [&](int i, int d, float reduced) {
+  multiply_rows<kWarp>(attention.fc_reduce, D, C, s, images, [&](int i, int d, float reduced) {
     hidden[i * D + d] = Column<float>(attention, d, at<float>(attention.given_mean, d), at<float>(attention.given_var, d)).act(reduced);
   });
   __syncthreads();
   float* const a = f.a + int64_t{first_image} * rows;
-  multiply_rows<8, kAttended>(attention.fc_select, rows, D, hidden, images, in_order,
-                              [&](int i, int row, float logit) { a[int64_t{i} * rows + row] = logit; });
+  multiply_rows<8>(attention.fc_select, rows, D, hidden, images, [&](int i, int row, float logit) { a[int64_t{i} * rows + row] = logit; });
   __syncthreads();
   for (int i = 0; i < images; ++i)
     for (int c = threadIdx.x; c < C; c += kThreads) softmax(a + int64_t{i} * rows + c, f.unit.M, C);
