@@ -1,7 +1,45 @@
-// attend: a = softmax_m(fc_select . act(BN(fc_reduce . s)) + select_bias) on (B, C)-sized data, and its backward. The matrix
-// products are the library's.
+// attend: a = softmax_m(fc_select . act(BN(fc_reduce . s)) + select_bias) on (B, C)-sized data, and its backward. The forward's
+// matrix products are ours: the library's would be sums in an order that depends on the number of threads, and for a few images
+// take several times as long. The backward's are the library's.
 
 #ifdef SK_ISA
+
+// out (B, N) = x (B, K) . w (N, K)^T + bias. Tasks are L of its columns; lanes are parts of their sums.
+template <class A>
+void product_tasks(const A* x, const A* w, const A* bias, int64_t B, int64_t N, int64_t K, A* out, int64_t first, int64_t last) {
+  constexpr int64_t L = kLanes<A>;
+  for (int64_t n = first * L; n < last * L; n += L) {
+    const int64_t columns = N - n < L ? N - n : L, whole = K / L * L;
+    const A* rows[L];
+    for (int64_t l = 0; l < L; ++l) rows[l] = w + (l < columns ? n + l : n) * K;
+    for (int64_t b = 0; b < B; ++b) {
+      Vec<A> sums[L] = {};
+      for (int64_t k = 0; k < whole; k += L) {
+        const Vec<A> v = load(x + b * K + k);
+#pragma GCC unroll 16
+        for (int64_t l = 0; l < L; ++l) sums[l] += v * load(rows[l] + k);
+      }
+      if (whole < K) {
+        const Vec<A> v = load(x + b * K + whole, K - whole);
+#pragma GCC unroll 16
+        for (int64_t l = 0; l < L; ++l) sums[l] += v * load(rows[l] + whole, K - whole);
+      }
+      Vec<A> total = {};
+      if constexpr (sizeof(A) == 4) {
+        transpose(sums);
+        for (int64_t step = L / 2; step > 0; step /= 2)
+          for (int64_t l = 0; l < step; ++l) sums[l] += sums[l + step];
+        total = sums[0];
+      } else {
+        for (int64_t l = 0; l < L; ++l) total[l] = sum<A>(sums[l]);
+      }
+      if (bias) total += columns == L ? load(bias + n) : load(bias + n, columns);
+      A* const to = out + b * N + n;
+      if (columns == L) store(to, total);
+      else store(to, total, columns);
+    }
+  }
+}
 
 // Softmax over m of logits (M, C), in place: lanes are channels.
 template <class A, bool kPartial> SK_INLINE void softmax_lanes(A* logits, int64_t M, int64_t C, int64_t n) {
@@ -19,8 +57,8 @@ template <class A, bool kPartial> SK_INLINE void softmax_lanes(A* logits, int64_
   for (int64_t m = 0; m < M; ++m) store_lanes<kPartial>(logits + m * C, load_lanes<kPartial>(logits + m * C, n) / total, n);
 }
 
-template <class A> void softmax(A* logits, int64_t B, int64_t M, int64_t C) {
-  for (int64_t b = 0; b < B; ++b) {
+template <class A> void softmax(A* logits, int64_t M, int64_t C, int64_t first, int64_t last) {
+  for (int64_t b = first; b < last; ++b) {
     A* const row = logits + b * M * C;
     int64_t c = 0;
     for (; c + kLanes<A> <= C; c += kLanes<A>) softmax_lanes<A, false>(row + c, M, C, 0);
@@ -129,6 +167,21 @@ static Tensor descriptor(const Tensor& pooled, int64_t pixels) {
   return s;
 }
 
+// x (B, K) . w (N, K)^T + bias (N,).
+static Tensor product(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias) {
+  const int64_t B = x.size(0), N = w.size(0), K = w.size(1);
+  const Tensor out = at::empty({B, N}, x.options());
+  dispatch_accumulate(x.scalar_type(), [&]<class A>() {
+    const int64_t L = SK_PICK(lanes)() * sizeof(float) / sizeof(A);
+    const auto kernel = SK_PICK(product_tasks<A>);
+    at::parallel_for(0, (N + L - 1) / L, grain(B * K * L / 8), [&](int64_t first, int64_t last) {
+      kernel(x.const_data_ptr<A>(), w.const_data_ptr<A>(), bias ? bias->const_data_ptr<A>() : nullptr, B, N, K, out.data_ptr<A>(), first,
+             last);
+    });
+  });
+  return out;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_cpu(const Tensor& pooled, int64_t pixels, const Tensor& fc_reduce,
                                                               const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                                                               const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
@@ -139,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_cpu(const Tensor& pool
   const AttendParameters parameters(s, fc_reduce, weight, bias, fc_select);
   const int64_t B = s.size(0), C = s.size(1), D = parameters.D, M = parameters.M;
   TORCH_CHECK_VALUE(mean.has_value() == var.has_value(), "mean, var: expected both or neither, got only one");
-  const Tensor reduced = at::cpu::mm(s, parameters.fc_reduce.t());
+  const Tensor reduced = product(s, parameters.fc_reduce, std::nullopt);
   const Tensor mean_out = mean ? parameters.vector(*mean, "mean", s).clone() : at::empty({D}, s.options());
   const Tensor var_out = var ? parameters.vector(*var, "var", s).clone() : at::empty({D}, s.options());
   const Tensor h = at::empty({B, D}, s.options());
@@ -160,10 +213,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_cpu(const Tensor& pool
       for (int64_t b = 0; b < B; ++b) out[b * D + d] = column.act(x[b * D + d]);
     }
   });
-  const Tensor logits = select_bias ? at::cpu::addmm(parameters.vector(*select_bias, "select_bias", s, M * C), h, parameters.fc_select.t())
-                                    : at::cpu::mm(h, parameters.fc_select.t());
-  const Tensor a = logits.view({B, M, C});
-  dispatch_accumulate(s.scalar_type(), [&]<class A>() { SK_PICK(softmax<A>)(a.data_ptr<A>(), B, M, C); });
+  std::optional<Tensor> added;
+  if (select_bias) added = parameters.vector(*select_bias, "select_bias", s, M * C);
+  const Tensor a = product(h, parameters.fc_select, added).view({B, M, C});
+  dispatch_accumulate(s.scalar_type(), [&]<class A>() {
+    const auto kernel = SK_PICK(softmax<A>);
+    at::parallel_for(0, B, grain(8 * M * C), [&](int64_t first, int64_t last) { kernel(a.data_ptr<A>(), M, C, first, last); });
+  });
   return {a, s, reduced, mean_out, var_out};
 }
 

@@ -24,6 +24,7 @@ void convolve_row(const float* const* rows, const Weights& weights, const float*
     for (int ky = 0; ky < 3; ++ky) {
       if (!rows[ky]) continue;
       const float* const row = rows[ky] + x * kStride * cluster;
+#pragma GCC unroll 4
       for (int i = 0; i < kGroup; ++i) {
         const float* const w = weights.data + (i * weights.channel_step + 3 * ky * weights.tap_step) * L;
         const Vec<float> w0 = load(w), w1 = load(w + weights.tap_step * L), w2 = load(w + 2 * weights.tap_step * L);
@@ -85,8 +86,9 @@ using ConvolveRow = void (*)(const float* const*, const Weights&, const float*, 
 using WeightGradient = void (*)(const Plane&, const Plane&, int64_t, int64_t, float*);
 
 template <int kGroup, int kDilation> SK_INLINE ConvolveRow pick_convolve_row(int64_t stride, int64_t tile) {
-  if (stride == 1) return tile == 7 ? convolve_row<kGroup, kDilation, 1, 7> : convolve_row<kGroup, kDilation, 1, 8>;
-  return tile == 7 ? convolve_row<kGroup, kDilation, 2, 7> : convolve_row<kGroup, kDilation, 2, 8>;
+  if (tile == 7) return stride == 1 ? convolve_row<kGroup, kDilation, 1, 7> : convolve_row<kGroup, kDilation, 2, 7>;
+  if (tile == 8) return stride == 1 ? convolve_row<kGroup, kDilation, 1, 8> : convolve_row<kGroup, kDilation, 2, 8>;
+  return stride == 1 ? convolve_row<kGroup, kDilation, 1, 10> : convolve_row<kGroup, kDilation, 2, 10>;
 }
 
 template <int kGroup> SK_INLINE ConvolveRow pick_convolve_row(int64_t dilation, int64_t stride, int64_t tile) {
@@ -324,8 +326,14 @@ struct Clustered : Convolutions {
   int64_t clusters() const { return (in.C + cluster - 1) / cluster; }
   int64_t channels() const { return clusters() * cluster; }
 
-  // How many pixels of a row are summed at a time: 7 or 8, whichever wastes less of the row's last tile.
-  static int64_t tile(int64_t width) { return whole_tiles(width, 7) < whole_tiles(width, 8) ? 7 : 8; }
+  // How many pixels of a row are summed at a time: 7, 8 or 10, whichever takes least. Two additions begin in a cycle and last
+  // four, so that fewer than 8 sums take as long as 8.
+  static int64_t tile(int64_t width) {
+    int64_t best = 8;
+    for (const int64_t tile : {7, 10})
+      if (whole_tiles(width, tile) / tile * std::max<int64_t>(tile, 8) < whole_tiles(width, best)) best = tile;
+    return best;
+  }
   static int64_t whole_tiles(int64_t width, int64_t tile) { return (width + tile - 1) / tile * tile; }
 
   // What the branches are convolved from, and their gradients: with margins that the taps may reach into, and the last

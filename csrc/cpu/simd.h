@@ -206,16 +206,26 @@ SK_INLINE void transpose(Vec<float> (&v)[kLanes<float>]) {
   }
 }
 
-// In every lane channel i of the lane's group of kGroup channels; p holds one pixel.
+// In every lane channel i of the lane's group of kGroup channels; p holds one pixel. Where the loop over i is unrolled, a shuffle
+// of four lanes has it in its instruction, which takes half the time of one that reads it from a register.
 template <int kGroup> SK_INLINE Vec<float> broadcast_in_group(const float* p, int i) {
   if constexpr (kGroup >= kLanes<float>) return splat(p[i]);
 #if SK_VECTOR_BYTES == 64
-  else if constexpr (kGroup == 4) return _mm512_permutevar_ps(load(p), _mm512_set1_epi32(i));
+#define SK_SHUFFLE _mm512_permute_ps
+#elif SK_VECTOR_BYTES == 32
+#define SK_SHUFFLE _mm256_permute_ps
+#endif
+#ifdef SK_SHUFFLE
+  else if constexpr (kGroup == 4) {
+    const Vec<float> v = load(p);
+    return i == 0 ? SK_SHUFFLE(v, 0x00) : i == 1 ? SK_SHUFFLE(v, 0x55) : i == 2 ? SK_SHUFFLE(v, 0xaa) : SK_SHUFFLE(v, 0xff);
+  }
+#undef SK_SHUFFLE
+#endif
+#if SK_VECTOR_BYTES == 64
   else {
     const __m512i first = _mm512_set_epi32(8, 8, 8, 8, 8, 8, 8, 8, 0, 0, 0, 0, 0, 0, 0, 0);
     return _mm512_permutexvar_ps(_mm512_add_epi32(first, _mm512_set1_epi32(i)), load(p));
   }
-#elif SK_VECTOR_BYTES == 32
-  else return _mm256_permutevar_ps(load(p), _mm256_set1_epi32(i));
 #endif
 }
