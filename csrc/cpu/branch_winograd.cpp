@@ -236,10 +236,11 @@ SK_INLINE void convolve(const Branch<T>& branch, bool packed, int64_t image, int
                 u_step = position_step(s.inputs * kChunk), m_step = position_step(kTilesOfProduct * kChunk), tiles = images * s.tiles;
   float* const v = scratch + s.planes * plane_size;
   float* const u = v + 16 * v_step;
-  float* const m = u + 16 * u_step;
+  float* const m = u + s.kept * 16 * u_step;
   float* const side_by_side = m + 16 * m_step;
-  // Whose transformed weights u has.
-  int64_t transformed = -1;
+  const bool all_kept = s.kept * kChunk >= end - begin;
+  // The weights of the channels from here on are to be transformed next.
+  int64_t next = begin;
   for (TileOf start{s.tiles}; start.in_task < tiles; start += s.span) {
     const int64_t count = tiles - start.in_task < s.span ? tiles - start.in_task : s.span;
     TileOf in = start;
@@ -252,20 +253,21 @@ SK_INLINE void convolve(const Branch<T>& branch, bool packed, int64_t image, int
       transform_inputs(pixel, s.dilation * plane.columns * s.inputs, s.dilation * s.inputs, s.inputs, v + t * s.inputs, v_step);
     }
     for (int64_t c = begin; c < end; c += kChunk) {
-      for (int64_t j = 0, row = s.inputs * 9; j < kVecs && transformed != c; ++j) {
+      float* const of_chunk = u + (c - begin) / kChunk % s.kept * 16 * u_step;
+      for (int64_t j = 0, row = s.inputs * 9; j < kVecs && c == next; ++j) {
         const int64_t channel = group * s.outputs + c + j * L;
         if (weights.rows) transpose_rows(weights.rows + channel * row, row, side_by_side);
         transform_weights(weights.rows ? side_by_side : weights.packed + channel * row,
-                          weights.scale ? load(weights.scale + channel) : splat(1.0f), s.inputs, s.channel_step, s.tap_step, u + j * L,
-                          kChunk, u_step);
+                          weights.scale ? load(weights.scale + channel) : splat(1.0f), s.inputs, s.channel_step, s.tap_step,
+                          of_chunk + j * L, kChunk, u_step);
       }
-      transformed = c;
+      if (c == next) next = all_kept || c + kChunk < end ? c + kChunk : begin;
       TileOf out = start;
       for (int64_t from = 0; from < count; from += kTilesOfProduct) {
         const int64_t until = from + kTilesOfProduct < count ? from + kTilesOfProduct : count;
         for (int64_t position = 0; position < 16; ++position)
           for (int64_t t = from; t < until; t += kRows)
-            multiply<kRows, kVecs>(v + position * v_step + t * s.inputs, u + position * u_step, s.inputs,
+            multiply<kRows, kVecs>(v + position * v_step + t * s.inputs, of_chunk + position * u_step, s.inputs,
                                    m + position * m_step + (t - from) * kChunk);
         for (int64_t t = from, now; t < until; t += now, out += now) {
           now = until - t < s.tiles - out.tile ? until - t : s.tiles - out.tile;
@@ -426,9 +428,9 @@ struct Winograd {
   // Tiles of an image.
   const Tile* tile;
   int64_t tiles;
-  // Tiles that are transformed at a time; images of a task, and how many of them have a plane of their own; parts of the output
-  // channels, or of the batch.
-  int64_t span, images, planes, parts;
+  // Tiles that are transformed at a time; chunks of output channels whose transformed weights are kept; images of a task, and how
+  // many of them have a plane of their own; parts of the output channels, or of the batch.
+  int64_t span, kept, images, planes, parts;
   // What transform_weights reads.
   int64_t channel_step, tap_step;
 
@@ -442,7 +444,7 @@ struct Winograd {
   // The planes; the transformed inputs, weights and outputs of `chunk` channels; and such weights before.
   int64_t scratch_size(int64_t chunk) const {
     return planes * plane_size(in, inputs) +
-           16 * (position_step(span * inputs) + position_step(inputs * chunk) + position_step(kTilesOfProduct * chunk)) +
+           16 * (position_step(span * inputs) + kept * position_step(inputs * chunk) + position_step(kTilesOfProduct * chunk)) +
            inputs * 9 * chunk;
   }
 
@@ -495,10 +497,17 @@ constexpr int64_t kTilesOfWeights = 128;
 // Channels of outputs that are multiplied at a time: two vectors where they fill them.
 static int64_t chunk_of(int64_t outputs) { return outputs % (2 * SK_PICK(lanes)()) == 0 ? 2 * SK_PICK(lanes)() : SK_PICK(lanes)(); }
 
-// Tiles whose transformed inputs are kept at a time: half a MiB of them, unless that is too few to transform weights for. Where
-// the transformed weights of a whole group are kept, they serve all tiles, and those of one product stay in first-level cache.
-static int64_t span_of(const Winograd& w) {
-  return w.outputs == chunk_of(w.outputs) ? SK_PICK(rows_of_product)() : std::max<int64_t>(kTilesOfWeights, 8192 / w.inputs);
+// Of second-level cache, what the transformed weights of a group may take.
+constexpr int64_t kWeightsBytes = 64 << 10;
+
+// Where the transformed weights of a whole group fit they are kept, and serve all tiles, of which those of one product are transformed
+// at a time. Else the transformed inputs are kept, half a MiB of them, unless that is too few to transform weights for.
+static void choose_what_is_kept(Winograd& w) {
+  const int64_t chunks = w.outputs / chunk_of(w.outputs), bytes = 16 * w.inputs * w.outputs * 4;
+  w.kept = bytes <= kWeightsBytes ? chunks : 1;
+  if (chunks == 1) w.span = SK_PICK(rows_of_product)();
+  else if (w.kept == chunks) w.span = kTilesOfProduct;
+  else w.span = std::max<int64_t>(kTilesOfWeights, 8192 / w.inputs);
 }
 
 static Winograd winograd_of(const Convolutions& s, int64_t m, const std::vector<Tile>& tiles) {
@@ -514,7 +523,7 @@ static Winograd winograd_of(const Convolutions& s, int64_t m, const std::vector<
              .halo = s.halo};
   w.tile = tiles.data();
   w.tiles = tiles.size();
-  w.span = span_of(w);
+  choose_what_is_kept(w);
   w.channel_step = s.channel_step;
   w.tap_step = s.tap_step;
   return w;
@@ -615,7 +624,7 @@ static void input_gradient(const Convolutions& s, const Tiles& tiles, TensorList
     std::swap(back.in, back.out);
     std::swap(back.inputs, back.outputs);
     std::swap(back.first_input, back.first_output);
-    back.span = span_of(back);
+    choose_what_is_kept(back);
     back.channel_step = 9;
     back.tap_step = 1;
     branches.push_back({back, dys[m].const_data_ptr<T>(), {nullptr, to, nullptr}, dx.data_ptr<T>()});
