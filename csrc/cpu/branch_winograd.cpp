@@ -224,6 +224,13 @@ template <int kVecs, Activation kAct> struct ToBlocks {
   }
 };
 
+// What is convolved: the channels of a group, of image b.
+template <class T> SK_INLINE void pack_input(const Branch<T>& branch, int64_t b, int64_t group, const Plane& plane) {
+  const Winograd& s = branch.convolution;
+  if (branch.gradient) branch.pack_gradient(*branch.gradient, branch.m, s.in, b, group * s.inputs, plane);
+  else pack(branch.x + s.in.offset(b, s.first_input + group * s.inputs), s.in, s.inputs, plane);
+}
+
 // Output channels `begin` to `end` of a group, of some images: the products of an image's tiles go to to(image, tiles, channel, ...).
 // With `packed` the planes have the images already.
 template <int kVecs, class T, class To>
@@ -246,8 +253,7 @@ SK_INLINE void convolve(const Branch<T>& branch, bool packed, int64_t image, int
     TileOf in = start;
     for (int64_t t = 0; t < count; ++t, in += 1) {
       const Plane plane = s.plane(scratch + (s.planes > 1 ? in.image : 0) * plane_size, s.in, s.inputs);
-      if (in.tile == 0 && !packed)
-        pack(branch.x + s.in.offset(image + in.image, s.first_input + group * s.inputs), s.in, s.inputs, plane);
+      if (in.tile == 0 && !packed) pack_input(branch, image + in.image, group, plane);
       const Tile& tile = s.tile[in.tile];
       const float* const pixel = plane.row(tile.row - s.dilation) + (tile.column - s.dilation) * s.inputs;
       transform_inputs(pixel, s.dilation * plane.columns * s.inputs, s.dilation * s.inputs, s.inputs, v + t * s.inputs, v_step);
@@ -336,16 +342,15 @@ void unit_branches_tasks(const Branch<T>* branches, int64_t M, const Blocks& blo
   }
 }
 
-// Tasks are (branch, part of the batch, `width` output channels of a group). The branches' outputs are the gradients of theirs, their
-// weights' gradients go to dweights, if there is one part; else the sums go to partial (M, parts, groups * outputs / L, inputs * 9, L).
+// Tasks are (branch, part of the batch, `width` output channels of a group). If there is one part its sums are the gradient, and go to
+// the branch's `out`; else they go to partial (M, parts, groups * outputs / L, inputs * 9, L).
 template <class T, int kVecs>
-void weight_gradient_tasks(const Branch<T>* branches, T* const* dweights, int64_t width, float* partial, float* scratch, int64_t first,
-                           int64_t last) {
+void weight_gradient_tasks(const Branch<T>* branches, int64_t width, float* partial, float* scratch, int64_t first, int64_t last) {
   constexpr int64_t L = kLanes<float>, kChunk = kVecs * L;
   const int64_t tasks = branches[0].convolution.parts * branches[0].convolution.groups * branches[0].convolution.outputs / width;
   for (int64_t task = first; task < last; ++task) {
-    const int64_t branch = task / tasks;
-    const Winograd& s = branches[branch].convolution;
+    const Branch<T>& branch = branches[task / tasks];
+    const Winograd& s = branch.convolution;
     const Plane inputs = s.plane(scratch, s.in, s.inputs), gradients = s.plane(scratch + s.plane_size(s.in, s.inputs), s.out, width);
     const int64_t v_step = position_step(s.span * s.inputs), d_step = position_step(s.span * width),
                   du_step = position_step(s.inputs * width), channels = s.groups * s.outputs;
@@ -359,8 +364,8 @@ void weight_gradient_tasks(const Branch<T>* branches, T* const* dweights, int64_
       const int64_t count = tiles - at.in_task < s.span ? tiles - at.in_task : s.span;
       for (int64_t t = 0; t < count; ++t, at += 1) {
         if (at.tile == 0) {
-          pack(branches[branch].x + s.in.offset(begin + at.image, s.first_input + group * s.inputs), s.in, s.inputs, inputs);
-          pack(branches[branch].out + s.out.offset(begin + at.image, channel), s.out, width, gradients);
+          pack(branch.x + s.in.offset(begin + at.image, s.first_input + group * s.inputs), s.in, s.inputs, inputs);
+          branch.pack_gradient(*branch.gradient, branch.m, s.out, begin + at.image, channel, gradients);
         }
         const Tile& tile = s.tile[at.tile];
         const int64_t rows = s.dilation * inputs.columns, columns = s.dilation;
@@ -377,9 +382,9 @@ void weight_gradient_tasks(const Branch<T>* branches, T* const* dweights, int64_
     const int64_t row = s.inputs * 9;
     for (int64_t c = 0; c < width; c += L) {
       // The transformed inputs have done their service.
-      float* const sums = s.parts == 1 ? v : partial + ((branch * s.parts + part) * channels + channel + c) * row;
+      float* const sums = s.parts == 1 ? v : partial + ((branch.m * s.parts + part) * channels + channel + c) * row;
       transform_weight_gradients(du + c / kChunk * kChunk * s.inputs + c % kChunk, s.inputs, kChunk, du_step, sums);
-      if (s.parts == 1) unpack(sums, L, dweights[branch] + (channel + c) * row, Picture{L, 1, row, false}, L);
+      if (s.parts == 1) unpack(sums, L, branch.out + (channel + c) * row, Picture{L, 1, row, false}, L);
     }
   }
 }
@@ -459,13 +464,16 @@ struct Winograd {
   int64_t chunk_of(int64_t part, int64_t chunk) const { return part * (outputs / chunk) / parts * chunk; }
 };
 
-// What is convolved, and where that goes.
+// What is convolved, and where that goes: x, or the gradient of branch m.
 template <class T> struct Branch {
   Winograd convolution;
   const T* x;
   WeightRows<T> weights;
   T* out;
-  bool reads_as(const Branch& other) const { return x == other.x && convolution.first_input == other.convolution.first_input; }
+  const Gradient<T>* gradient = nullptr;
+  void (*pack_gradient)(const Gradient<T>&, int64_t m, const Picture&, int64_t b, int64_t c, const Plane&) = nullptr;
+  int64_t m = 0;
+  bool reads_as(const Branch& other) const { return !gradient && x == other.x && convolution.first_input == other.convolution.first_input; }
   bool writes_as(const Branch& other) const { return out == other.out && convolution.first_output == other.convolution.first_output; }
 };
 
@@ -613,27 +621,26 @@ void unit_branches_winograd(const Convolutions& s, const Tensor& x, TensorList w
   });
 }
 
-template <class T>
-static void input_gradient(const Convolutions& s, const Tiles& tiles, TensorList weights, TensorList dys, const Tensor& dx) {
-  std::vector<Branch<T>> branches;
+// Of branches whose gradients are to be packed.
+template <class T> static void input_gradient(const Convolutions& s, std::vector<Branch<T>> branches, TensorList weights, const Tensor& dx) {
   const Tensor turned = at::empty({s.M, s.branch_inputs() * s.outputs * 9}, at::kFloat);
-  for (int64_t m = 0; m < s.M; ++m) {
-    float* const to = turned[m].data_ptr<float>();
-    turn_weights(s, weights[m].const_data_ptr<T>(), to);
-    Winograd back = winograd_of(s, m, tiles[m]);
+  for (auto& branch : branches) {
+    float* const to = turned[branch.m].data_ptr<float>();
+    turn_weights(s, weights[branch.m].const_data_ptr<T>(), to);
+    Winograd& back = branch.convolution;
     std::swap(back.in, back.out);
     std::swap(back.inputs, back.outputs);
     std::swap(back.first_input, back.first_output);
     choose_what_is_kept(back);
     back.channel_step = 9;
     back.tap_step = 1;
-    branches.push_back({back, dys[m].const_data_ptr<T>(), {nullptr, to, nullptr}, dx.data_ptr<T>()});
+    branch.weights = {nullptr, to, nullptr};
+    branch.out = dx.data_ptr<T>();
   }
   convolve(std::move(branches));
 }
 
-template <class T>
-static void weight_gradients(const Convolutions& s, const Tiles& tiles, const Tensor& x, TensorList dys, TensorList dweights) {
+template <class T> static void weight_gradients(const Convolutions& s, std::vector<Branch<T>> branches, const Tensor& x, TensorList dweights) {
   const int64_t chunk = chunk_of(s.outputs);
   // As many chunks of a group at a time as have sums of 64 KiB at most.
   int64_t width = chunk;
@@ -641,15 +648,12 @@ static void weight_gradients(const Convolutions& s, const Tiles& tiles, const Te
   const int64_t tasks = s.M * s.groups * s.outputs / width;
   // Parts of the batch are summed apart, where there are too few tasks for many threads, or many images.
   const int64_t parts = std::clamp<int64_t>(std::max((32 + tasks - 1) / tasks, (s.B + 31) / 32), 1, s.B);
-  std::vector<Branch<T>> branches;
-  std::vector<T*> out;
-  for (int64_t m = 0; m < s.M; ++m) {
-    Winograd w = winograd_of(s, m, tiles[m]);
+  for (auto& branch : branches) {
     // A quarter of a MiB of transformed inputs, since their gradients are to be kept too.
-    w.span = clamp<64>(std::max<int64_t>(32, 4096 / w.inputs));
-    w.parts = parts;
-    branches.push_back({w, x.const_data_ptr<T>(), {}, dys[m].data_ptr<T>()});
-    out.push_back(dweights[m].data_ptr<T>());
+    branch.convolution.span = clamp<64>(std::max<int64_t>(32, 4096 / s.inputs));
+    branch.convolution.parts = parts;
+    branch.x = x.const_data_ptr<T>();
+    branch.out = dweights[branch.m].data_ptr<T>();
   }
   const Tensor partial = at::empty({s.M, parts == 1 ? 0 : parts, s.groups * s.outputs * s.row()}, at::kFloat);
   const Winograd& w = branches[0].convolution;
@@ -658,18 +662,27 @@ static void weight_gradients(const Convolutions& s, const Tiles& tiles, const Te
       margins + 16 * (position_step(w.span * w.inputs) + position_step(w.span * width) + position_step(w.inputs * width));
   const auto kernel = chunk == SK_PICK(lanes)() ? SK_PICK(weight_gradient_tasks<T, 1>) : SK_PICK(weight_gradient_tasks<T, 2>);
   parallel_tasks(parts * tasks, margins, scratch_size, [&](float* scratch, int64_t first, int64_t last) {
-    kernel(branches.data(), out.data(), width, partial.data_ptr<float>(), scratch, first, last);
+    kernel(branches.data(), width, partial.data_ptr<float>(), scratch, first, last);
   });
   for (int64_t m = 0; m < s.M && parts > 1; ++m)
     sum_weight_gradients(s, partial[m].const_data_ptr<float>(), partial.stride(1), parts, dweights[m]);
 }
 
-void branch_winograd_backward(const Convolutions& s, const Tensor& x, TensorList weights, TensorList dys, const Tensor& dx,
+void branch_winograd_backward(const Convolutions& s, const Tensor& g, const Tensor& x, TensorList weights, TensorList ys,
+                              const Tensor& mean, const Tensor& scale, const Tensor& bias, const Tensor& a, const Tensor& t,
+                              const Tensor& p, const Tensor& q, c10::string_view activation, double negative_slope, const Tensor& dx,
                               TensorList dweights) {
   const Tiles tiles = tiles_of(s);
-  dispatch_convolution(x.scalar_type(), [&]<class T>() {
-    if (dx.numel()) input_gradient<T>(s, tiles, weights, dys, dx);
-    if (!dweights.empty()) weight_gradients<T>(s, tiles, x, dys, dweights);
+  dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
+    if constexpr (!std::is_same_v<T, double>) {
+      const Branches<T> operands(ys, mean, scale, bias, negative_slope);
+      const Gradient<T> gradient(operands, g, a, t, p, q);
+      std::vector<Branch<T>> branches;
+      for (int64_t m = 0; m < s.M; ++m)
+        branches.push_back({winograd_of(s, m, tiles[m]), nullptr, {}, nullptr, &gradient, SK_PICK(pack_gradient<T, kAct>), m});
+      if (dx.numel()) input_gradient(s, branches, weights, dx);
+      if (!dweights.empty()) weight_gradients(s, branches, x, dweights);
+    }
   });
 }
 
