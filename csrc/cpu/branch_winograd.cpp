@@ -625,8 +625,9 @@ void unit_branches_winograd(const Convolutions& s, const Tensor& x, TensorList w
 template <class T> static void input_gradient(const Convolutions& s, std::vector<Branch<T>> branches, TensorList weights, const Tensor& dx) {
   const Tensor turned = at::empty({s.M, s.branch_inputs() * s.outputs * 9}, at::kFloat);
   for (auto& branch : branches) {
-    float* const to = turned[branch.m].data_ptr<float>();
-    turn_weights(s, weights[branch.m].const_data_ptr<T>(), to);
+    const int64_t m = branch.m;
+    float* const to = turned[m].data_ptr<float>();
+    turn_weights(s, weights[m].const_data_ptr<T>(), to);
     Winograd& back = branch.convolution;
     std::swap(back.in, back.out);
     std::swap(back.inputs, back.outputs);
@@ -650,10 +651,11 @@ template <class T> static void weight_gradients(const Convolutions& s, std::vect
   const int64_t parts = std::clamp<int64_t>(std::max((32 + tasks - 1) / tasks, (s.B + 31) / 32), 1, s.B);
   for (auto& branch : branches) {
     // A quarter of a MiB of transformed inputs, since their gradients are to be kept too.
+    const int64_t m = branch.m;
     branch.convolution.span = clamp<64>(std::max<int64_t>(32, 4096 / s.inputs));
     branch.convolution.parts = parts;
     branch.x = x.const_data_ptr<T>();
-    branch.out = dweights[branch.m].data_ptr<T>();
+    branch.out = dweights[m].data_ptr<T>();
   }
   const Tensor partial = at::empty({s.M, parts == 1 ? 0 : parts, s.groups * s.outputs * s.row()}, at::kFloat);
   const Winograd& w = branches[0].convolution;
