@@ -107,7 +107,9 @@ void unit_branches_direct(const Convolutions& s, const Tensor& x, const Tensor& 
 
 // Where Convolutions::winograd(); dx and dweights likewise.
 void branch_winograd(const Convolutions& s, const Tensor& x, TensorList weights, TensorList ys);
-void branch_winograd_backward(const Convolutions& s, const Tensor& x, TensorList weights, TensorList dys, const Tensor& dx,
+void branch_winograd_backward(const Convolutions& s, const Tensor& g, const Tensor& x, TensorList weights, TensorList ys,
+                              const Tensor& mean, const Tensor& scale, const Tensor& bias, const Tensor& a, const Tensor& t,
+                              const Tensor& p, const Tensor& q, c10::string_view activation, double negative_slope, const Tensor& dx,
                               TensorList dweights);
 int64_t cluster_of_winograd(const Convolutions& s);
 void unit_branches_winograd(const Convolutions& s, const Tensor& x, TensorList weights, const float* scale, const Blocks& blocks,
