@@ -191,7 +191,7 @@ class FusedSelectiveKernel(nn.Module):
                 warn_once(f"sk_fused runs {_called(self)} unfused: {reason}")
             u = torch.stack([_branch(path, x_m) for path, x_m in zip(paths, self._inputs(x))], 1)
             return (u * attn(u)).sum(1).to(u.dtype)
-        fc_reduce, fc_select = attn.fc_reduce.weight, attn.fc_select.weight
+        fc_reduce, fc_select = (_parameter(attn._modules[name], "weight") for name in ("fc_reduce", "fc_select"))
         reason = self._why_not_layers()
         bns = [] if reason else [path._modules["bn"] for path in paths]
         norms = [_batch_norm(bn) for bn in bns]
@@ -205,7 +205,7 @@ class FusedSelectiveKernel(nn.Module):
         activation = _activation(bns[0]._modules.get("act"))
         convs = [path._modules["conv"] for path in paths]
         if self._are_plain(convs):
-            weights = [conv.weight for conv in convs]
+            weights = [_parameter(conv, "weight") for conv in convs]
             convolution = convs[0].stride[0], [conv.dilation[0] for conv in convs], convs[0].groups
             v = functional.convolved(x, weights, *convolution, norms, fc_reduce, attn_norm, fc_select, *activation)
             if v is not None:
@@ -464,7 +464,7 @@ def _parameter(module: nn.Module, name: str) -> Tensor | None:
 
 def _activation(act: nn.Module | None) -> tuple[str, float]:
     """Its name in `functional` and its negative slope."""
-    return _ACTIVATIONS[type(act)], getattr(act, "negative_slope", 0.0)
+    return _ACTIVATIONS[type(act)], act.negative_slope if type(act) is nn.LeakyReLU else 0.0
 
 
 def _branch(path: nn.Module, x: Tensor) -> Tensor:
