@@ -177,6 +177,18 @@ def test_replaced_layers_are_used_and_named(name: str):
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_replaced_convolution_is_used(mode: str):
+    """Of any kind: what it gives is fused."""
+    separable = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 8, 1))
+    ours, theirs = (replace(unit, "paths.0.conv", separable).train(mode == "train") for unit in pair(in_channels=8))
+    assert ours.why_not() is None
+    x = torch.randn(4, 8, 6, 5)
+    torch.testing.assert_close(ours(x), theirs(x))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
 def test_branches_of_different_modes():
     ours, theirs = pair(in_channels=8)
     for unit in (ours, theirs):
