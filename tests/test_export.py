@@ -67,7 +67,7 @@ def test_exported_program_runs_in_a_fresh_process(units: tuple[nn.Module, nn.Mod
 
 
 def test_a_batch_of_any_size_is_exported_where_eager_mode_takes_a_few_images_at_once():
-    unit = FusedSelectiveKernel(64, 128, stride=2).eval()
+    unit = sk_fused.FusedSelectiveKernel(64, 128, stride=2).eval()
     x = torch.randn(8, 64, 56, 56)
     assert unit._images_in_cache(x) < 8
     with torch.no_grad():
