@@ -12,8 +12,8 @@ from .modules import FusedSelectiveKernel, FusedSelectiveKernelAttn
 
 
 class Unit(NamedTuple):
-    """One SK unit of a model: its name in `named_modules` ("" is the model itself), whether it is fused now, and what of
-    it is not fused, and why."""
+    """One SK unit of a model: its name in `named_modules` ("" is the model itself), whether it is fused now, at least its
+    attention, and what of it is not fused, and why."""
 
     name: str
     fused: bool
@@ -30,7 +30,8 @@ class Report:
         if not self.units:
             return "no SelectiveKernel found"
         width = max(len(unit.name) for unit in self.units)
-        rows = (f"{unit.name:{width}}  {'fused' if unit.fused else 'not fused'}  {unit.reason or ''}".rstrip() for unit in self.units)
+        states = ("not fused" if not unit.fused else "attention only" if unit.reason else "fused" for unit in self.units)
+        rows = (f"{unit.name:{width}}  {state}  {unit.reason or ''}".rstrip() for unit, state in zip(self.units, states))
         return "\n".join(rows)
 
 
@@ -53,12 +54,17 @@ def unfuse(model: nn.Module) -> Report:
     """
     if any(type(module) in (FusedSelectiveKernel, FusedSelectiveKernelAttn) for module in model.modules()):
         from timm.layers import BatchNormAct2d, ConvNormAct
+        from timm.layers.norm_act import SyncBatchNormAct
 
-        # The branches of a unit that was made without timm.
-        for module in model.modules():
-            timm_class = {modules.BatchNormAct2d: BatchNormAct2d, modules.ConvNormAct: ConvNormAct}.get(type(module))
-            if timm_class:
-                module.__class__ = timm_class
+        # The branches of a unit that was made without timm; and the batch-norms that torch's converter has made of timm's, which has
+        # left the activation inside, where only a fused unit finds it.
+        for unit in model.modules():
+            for module in unit.modules() if type(unit) is FusedSelectiveKernel else ():
+                timm_class = {modules.BatchNormAct2d: BatchNormAct2d, modules.ConvNormAct: ConvNormAct}.get(type(module))
+                if type(module) is nn.SyncBatchNorm and "act" in module._modules:
+                    timm_class = SyncBatchNormAct
+                if timm_class:
+                    module.__class__ = timm_class
     return _convert(model, {fused: timm for timm, fused in _timm_to_fused().items()}, {})
 
 
@@ -105,4 +111,13 @@ def _convert(model: nn.Module, new_class: dict[type[nn.Module], type[nn.Module]]
                 part.name_in_model = name
             elif part is not None:
                 part.__dict__.pop("name_in_model", None)
-    return Report(tuple(Unit(n, type(m) in fused, r or (m.why_not() if type(m) in fused else None)) for n, m, r in units))
+    return Report(tuple(_unit(name, module, reason) for name, module, reason in units))
+
+
+def _unit(name: str, module: nn.Module, reason: str | None) -> Unit:
+    if type(module) is FusedSelectiveKernel:
+        return Unit(name, module._why_not_attn() is None, reason or module.why_not())
+    if isinstance(module, (FusedSelectiveKernelAttn, Family)):
+        reason = reason or module.why_not()
+        return Unit(name, reason is None, reason)
+    return Unit(name, False, reason)

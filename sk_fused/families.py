@@ -7,6 +7,7 @@ layers, parameters and checkpoints stay. What the fused one cannot do runs as th
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -62,7 +63,11 @@ class Family(nn.Module):
                 return f"{name} has hooks"
         return None
 
-    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+    def forward(self, *args, **kwargs) -> Tensor:
+        if kwargs or len(args) != 1:
+            # By the project's own name of its argument.
+            args = tuple(inspect.signature(self.unfused_class.forward).bind(self, *args, **kwargs).arguments.values())[1:]
+        (x,) = args
         tensors = [x] if isinstance(x, (Tensor, fx.Proxy)) else [*x]
         if isinstance(tensors[0], fx.Proxy):
             return leaf(self, x)

@@ -155,24 +155,12 @@ def selective_kernel(
     return _unit(backends.choose(branches), branches, None, branches[0].shape, norms, fc_reduce, attn_norm, fc_select, select_bias, *acts)
 
 
-def convolved_selective_kernel(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    stride: int,
-    dilations: Sequence[int],
-    groups: int,
-    norms: Sequence[BatchNorm],
-    fc_reduce: Tensor,
-    attn_norm: BatchNorm,
-    fc_select: Tensor,
-    activation: str = "relu",
-    negative_slope: float = 0.01,
-) -> Tensor:
-    """`selective_kernel` of the convolutions y_m = w_m ∗ x_m, padded by dilation·⌊size/2⌋, which are the package's own.
+def convolved(x, weights, stride, dilations, groups, norms, fc_reduce, attn_norm, fc_select, activation, negative_slope) -> Tensor | None:
+    """`selective_kernel` of the convolutions y_m = w_m ∗ x_m, padded by dilation·⌊size/2⌋, which are the package's own; or None where the
+    backend in use does not take these. `FusedSelectiveKernel` calls it.
 
     x_m is x, or, if x has M times the channels that a weight takes, the m-th part of its channels, read where it is. In eval
-    without gradients the whole unit is one operator, and the branches do not leave the cache. `why_not_convolved` says
-    which convolutions are not taken.
+    without gradients the whole unit is one operator, and the branches do not leave the cache.
 
     Args:
         x: (B, C', H, W), contiguous or channels_last, else brought to contiguous.
@@ -186,16 +174,8 @@ def convolved_selective_kernel(
         v, (B, C, ⌈H/stride⌉, ⌈W/stride⌉), in the layout of x; under autocast in its dtype.
 
     Raises:
-        ValueError, TypeError: as `selective_kernel`; ValueError also for convolutions that are not taken.
+        ValueError, TypeError: as `selective_kernel`.
     """
-    reason = why_not_convolved(x, weights, stride, dilations, groups)
-    if reason:
-        raise ValueError(f"weights: {reason}")
-    return convolved(x, weights, stride, dilations, groups, norms, fc_reduce, attn_norm, fc_select, activation, negative_slope)
-
-
-def convolved(x, weights, stride, dilations, groups, norms, fc_reduce, attn_norm, fc_select, activation, negative_slope) -> Tensor | None:
-    """`convolved_selective_kernel`, or None if the convolutions are not taken."""
     backend, dtype = backends.choose([x]), _autocast_dtype(x)
     if backend.why_not_convolve(x.shape, dtype, [w.shape for w in weights], stride, dilations, groups, x.device):
         return None
@@ -204,12 +184,6 @@ def convolved(x, weights, stride, dilations, groups, norms, fc_reduce, attn_norm
     _check_unit(x, shape, len(weights), norms, fc_reduce, fc_select, activation)
     convolution, act = (stride, list(dilations), groups), (activation, float(negative_slope))
     return _unit(backend, [x, *weights], convolution, shape, norms, fc_reduce, attn_norm, fc_select, None, act, _RELU)
-
-
-def why_not_convolved(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int) -> str | None:
-    """The reason why `convolved_selective_kernel` does not take these in the backend in use, or None."""
-    shapes = [w.shape for w in weights]
-    return backends.choose([x]).why_not_convolve(x.shape, _autocast_dtype(x), shapes, stride, dilations, groups, x.device)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -131,6 +132,9 @@ class FusedSelectiveKernel(nn.Module):
             dtype=dtype,
         )
         ConvNormAct = _conv_norm_act(act_layer, norm_layer, aa_layer if stride > 1 else None)
+        if device is None and dtype is None:
+            # Older versions of timm do not know them.
+            del branch["device"], branch["dtype"]
         self.paths = nn.ModuleList(
             ConvNormAct(kernel_size=3, dilation=dilation * (size - 1) // 2, **branch)
             if keep_3x3
@@ -187,7 +191,7 @@ class FusedSelectiveKernel(nn.Module):
                 warn_once(f"sk_fused runs {_called(self)} unfused: {reason}")
             u = torch.stack([_branch(path, x_m) for path, x_m in zip(paths, self._inputs(x))], 1)
             return (u * attn(u)).sum(1).to(u.dtype)
-        fc_reduce, fc_select = attn.fc_reduce.weight, attn.fc_select.weight
+        fc_reduce, fc_select = (_parameter(attn._modules[name], "weight") for name in ("fc_reduce", "fc_select"))
         reason = self._why_not_layers()
         bns = [] if reason else [path._modules["bn"] for path in paths]
         norms = [_batch_norm(bn) for bn in bns]
@@ -200,9 +204,9 @@ class FusedSelectiveKernel(nn.Module):
             return v
         activation = _activation(bns[0]._modules.get("act"))
         convs = [path._modules["conv"] for path in paths]
-        weights = [conv.weight for conv in convs]
-        convolution = convs[0].stride[0], [conv.dilation[0] for conv in convs], convs[0].groups
         if self._are_plain(convs):
+            weights = [_parameter(conv, "weight") for conv in convs]
+            convolution = convs[0].stride[0], [conv.dilation[0] for conv in convs], convs[0].groups
             v = functional.convolved(x, weights, *convolution, norms, fc_reduce, attn_norm, fc_select, *activation)
             if v is not None:
                 _count_batch(attn.bn, *bns)
@@ -212,8 +216,10 @@ class FusedSelectiveKernel(nn.Module):
             ys = [conv(x_m) for conv, x_m in zip(convs, xs)]
             return functional.selective_kernel(ys, norms, fc_reduce, attn_norm, fc_select, *activation)
 
-        xs, images = self._inputs(x), self._images_in_cache(x)
-        v = self._few_at_once(unit, x, xs, images) if images < x.shape[0] and self._images_are_independent(attn_norm, *norms) else unit(xs)
+        xs = self._inputs(x)
+        # Asked first: a batch of any size, compiled or exported, must not be compared with a number.
+        images = self._images_in_cache(x) if self._images_are_independent(attn_norm, *norms) else None
+        v = unit(xs) if images is None or images >= x.shape[0] else self._few_at_once(unit, x, xs, images)
         _count_batch(attn.bn, *bns)
         return v
 
@@ -227,13 +233,13 @@ class FusedSelectiveKernel(nn.Module):
 
     def _are_plain(self, convs: Sequence[nn.Module]) -> bool:
         """Whether these are square convolutions that nobody listens to, with one stride and groups, padded by what they reach."""
-        stride, groups = convs[0].stride, convs[0].groups
+        first = convs[0]
         return not _hooked(*convs) and all(
             type(conv) is nn.Conv2d
-            and conv._parameters["bias"] is None
+            and _parameter(conv, "bias") is None
             and conv.padding_mode == "zeros"
-            and conv.groups == groups
-            and conv.stride == stride == (stride[0],) * 2
+            and conv.groups == first.groups
+            and conv.stride == first.stride == (first.stride[0],) * 2
             and conv.kernel_size == (conv.kernel_size[0],) * 2
             and conv.dilation == (conv.dilation[0],) * 2
             and conv.padding == (conv.dilation[0] * (conv.kernel_size[0] // 2),) * 2
@@ -252,9 +258,9 @@ class FusedSelectiveKernel(nn.Module):
 
     def _images_in_cache(self, x: Tensor) -> int:
         """On a CPU, of how many images the branches stay in cache until they are selected; at least one."""
-        if x.device.type != "cpu":
+        stride = getattr(self._branches()[0]._modules["conv"], "stride", None)
+        if x.device.type != "cpu" or not isinstance(stride, tuple):
             return x.shape[0]
-        stride = self._branches()[0]._modules["conv"].stride
         image = self.num_paths * self.out_channels * (x.shape[2] // stride[0]) * (x.shape[3] // stride[1]) * x.element_size()
         return max(1, _CACHE_BYTES // max(1, image))
 
@@ -319,13 +325,13 @@ class FusedSelectiveKernelAttn(nn.Module):
             return "hooks are registered on all modules"
         layers = self._modules
         bn, act = layers["bn"], layers["act"]
-        if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm) and type(bn).__name__ != "FrozenBatchNorm2d":
             return f"attn.bn is a {type(bn).__name__}"
         if type(act) is not nn.ReLU:
             return f"attn.act is a {type(act).__name__}"
         for name in ("fc_reduce", "fc_select"):
             conv = layers[name]
-            if type(conv) is not nn.Conv2d or conv.kernel_size != (1, 1) or conv._parameters["bias"] is not None or conv.groups != 1:
+            if type(conv) is not nn.Conv2d or conv.kernel_size != (1, 1) or _parameter(conv, "bias") is not None or conv.groups != 1:
                 return f"attn.{name} is not a 1 × 1 convolution without bias and groups: {conv}"
         if _hooked(layers["fc_reduce"], bn, act, layers["fc_select"]):
             return "the layers of attn have hooks"
@@ -397,8 +403,8 @@ class ConvNormAct(nn.Module):
         norm_layer: type[nn.Module],
         aa_layer: None,
         drop_layer: type[nn.Module] | None,
-        device,
-        dtype,
+        device=None,
+        dtype=None,
     ):
         super().__init__()
         padding = (stride - 1 + dilation * (kernel_size - 1)) // 2
@@ -414,9 +420,9 @@ class ConvNormAct(nn.Module):
 
 
 def _conv_norm_act(act_layer, norm_layer, aa_layer) -> type[nn.Module]:
-    """The class of the branches: ours for what it can build, timm's for the rest of timm's arguments."""
+    """The class of the branches: timm's where timm is in use, whose converters know it; else ours, for what that can build."""
     norm = norm_layer.func if isinstance(norm_layer, functools.partial) else norm_layer
-    if norm is nn.BatchNorm2d and aa_layer is None and not isinstance(act_layer, str):
+    if norm is nn.BatchNorm2d and aa_layer is None and not isinstance(act_layer, str) and "timm.layers" not in sys.modules:
         return ConvNormAct
     try:
         from timm.layers import ConvNormAct as timm_conv_norm_act
@@ -431,8 +437,8 @@ _CACHE_BYTES = 4 << 20
 _NOTHING = (type(None), nn.Identity)
 _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu", **dict.fromkeys(_NOTHING, "identity")}
 
-# With drop layer and activation inside: timm's, ours below, and what torch's and timm's converters make of them.
-_BRANCH_NORMS = ("BatchNormAct2d", "SyncBatchNormAct", "SyncBatchNorm")
+# With drop layer and activation inside: timm's, ours above, and what torch's and timm's converters make of them.
+_BRANCH_NORMS = ("BatchNormAct2d", "SyncBatchNormAct", "SyncBatchNorm", "FrozenBatchNormAct2d")
 
 
 def _check_like_weights(x: Tensor, layer: nn.Module) -> None:
@@ -450,9 +456,15 @@ def _check_like_weights(x: Tensor, layer: nn.Module) -> None:
         raise TypeError(f"x: expected {weight.dtype}, the dtype of the weights, got {x.dtype}")
 
 
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
+    """module.name, quickly; what is pruned, sharded, or a replica's of nn.DataParallel is no Parameter."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
 def _activation(act: nn.Module | None) -> tuple[str, float]:
     """Its name in `functional` and its negative slope."""
-    return _ACTIVATIONS[type(act)], getattr(act, "negative_slope", 0.0)
+    return _ACTIVATIONS[type(act)], act.negative_slope if type(act) is nn.LeakyReLU else 0.0
 
 
 def _branch(path: nn.Module, x: Tensor) -> Tensor:
@@ -465,9 +477,12 @@ def _branch(path: nn.Module, x: Tensor) -> Tensor:
     return u if path.aa is None else path.aa(u)
 
 
-def _batch_norm(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> functional.BatchNorm:
-    """What the next forward of `bn` does, by the rules of nn.BatchNorm2d and nn.SyncBatchNorm."""
-    parameters, buffers, training = bn._parameters, bn._buffers, bn.training
+def _batch_norm(bn: nn.Module) -> functional.BatchNorm:
+    """What the next forward of `bn` does, by the rules of nn.BatchNorm2d and nn.SyncBatchNorm; or of a frozen one, whose parameters
+    are buffers (`timm.utils.freeze`)."""
+    if type(bn).__name__.startswith("Frozen"):
+        return functional.BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, training=False, eps=bn.eps)
+    buffers, training = bn._buffers, bn.training
     mean, var = buffers["running_mean"], buffers["running_var"]
     counts = training and bn.track_running_stats and buffers["num_batches_tracked"] is not None
     momentum = bn.momentum
@@ -478,7 +493,7 @@ def _batch_norm(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> functional.BatchNorm:
     if training and not bn.track_running_stats:
         mean = var = None
     group = _group(bn) if training and isinstance(bn, nn.SyncBatchNorm) else None
-    return functional.BatchNorm(parameters["weight"], parameters["bias"], mean, var, uses_batch, momentum, bn.eps, group)
+    return functional.BatchNorm(_parameter(bn, "weight"), _parameter(bn, "bias"), mean, var, uses_batch, momentum, bn.eps, group)
 
 
 def _group(bn: nn.SyncBatchNorm) -> dist.ProcessGroup | None:
@@ -489,8 +504,8 @@ def _group(bn: nn.SyncBatchNorm) -> dist.ProcessGroup | None:
     return group if dist.get_world_size(group) > 1 else None
 
 
-def _count_batch(*norms: nn.BatchNorm2d) -> None:
-    counts = [bn._buffers["num_batches_tracked"] for bn in norms if bn.training and bn.track_running_stats]
+def _count_batch(*norms: nn.Module) -> None:
+    counts = [bn._buffers.get("num_batches_tracked") for bn in norms if bn.training and getattr(bn, "track_running_stats", False)]
     counts = [count for count in counts if count is not None]
     if counts and not functional.recomputes():
         torch._foreach_add_(counts, 1)

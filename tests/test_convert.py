@@ -17,7 +17,7 @@ from timm.layers.selective_kernel import SelectiveKernelAttn
 from torch import nn
 
 import sk_fused
-from sk_fused import FusedSelectiveKernel, FusedSelectiveKernelAttn
+from sk_fused import FusedSelectiveKernel, FusedSelectiveKernelAttn, modules
 
 from .parity import assert_all_within, batches, step
 from .test_modules import assert_same_state, saved_and_loaded, state
@@ -50,7 +50,9 @@ def test_report():
         ("blocks.1", True, "paths.0 has the activation GELU"),
         ("attn", True, None),
     ]
-    assert str(report).splitlines() == ["blocks.0  fused", "blocks.1  fused  paths.0 has the activation GELU", "attn      fused"]
+    assert str(report).splitlines() == ["blocks.0  fused", "blocks.1  attention only  paths.0 has the activation GELU", "attn      fused"]
+    net.blocks[0].attn.act = nn.GELU()
+    assert str(sk_fused.fuse(net)).splitlines()[0] == "blocks.0  not fused  attn.act is a GELU"
     assert [unit.fused for unit in sk_fused.unfuse(net).units] == [False, False, False]
     assert str(sk_fused.fuse(nn.Linear(2, 2))) == "no SelectiveKernel found"
 
@@ -116,8 +118,11 @@ def test_what_is_not_timms_own_is_left_alone():
     assert [type(subclass), type(other_attn), type(inner)] == [Subclass, SelectiveKernel, SelectiveKernel]
 
 
-def test_unfuse_of_a_unit_made_here_leaves_nothing_of_ours():
-    unit = FusedSelectiveKernel(8)
+def test_unfuse_of_a_unit_made_here_leaves_nothing_of_ours(monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as before_timm:
+        before_timm.delitem(sys.modules, "timm.layers")
+        unit = FusedSelectiveKernel(8)
+    assert type(unit.paths[0]) is modules.ConvNormAct
     x = torch.randn(3, 8, 6, 6)
     exact = unit.eval()(x)
     sk_fused.unfuse(unit)
@@ -126,6 +131,17 @@ def test_unfuse_of_a_unit_made_here_leaves_nothing_of_ours():
     torch.testing.assert_close(unit(x), exact)
     sk_fused.fuse(unit)
     assert unit.why_not() is None
+
+
+def test_unfuse_keeps_the_activation_that_torchs_converter_has_hidden():
+    unit = SelectiveKernel(8).eval()
+    sk_fused.fuse(unit)
+    unit = nn.SyncBatchNorm.convert_sync_batchnorm(unit)
+    x = torch.randn(3, 8, 6, 5)
+    exact = unit(x)
+    sk_fused.unfuse(unit)
+    torch.testing.assert_close(unit(x), exact)
+    assert unit.paths[0].bn(x).min() >= 0
 
 
 @pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, lr=0.01, momentum=0.9), torch.optim.AdamW], ids=["SGD", "AdamW"])

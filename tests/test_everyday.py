@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from timm.models import checkpoint_seq
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, freeze
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -249,3 +249,60 @@ def test_gradient_penalty(backend: str):
         results.append([x.grad, *(p.grad for p in unit.parameters())])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def replica(module: nn.Module) -> nn.Module:
+    """As torch.nn.DataParallel makes them, one for each GPU: the parameters are plain tensors."""
+    copies = {of: of._replicate_for_data_parallel() for of in module.modules()}
+    for of, replica in copies.items():
+        for name, child in of._modules.items():
+            replica._modules[name] = None if child is None else copies[child]
+        for name, parameter in of._parameters.items():
+            if parameter is None:
+                replica._parameters[name] = None
+            else:
+                setattr(replica, name, parameter.clone())
+    return copies[module]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("name", UNITS)
+def test_replicas_of_data_parallel(name: str, mode: str):
+    unit, _ = pair(**UNITS[name])
+    x = torch.randn(3, 16, 6, 5)
+    expected = copy.deepcopy(unit).train(mode == "train")(x)
+    assert torch.equal(replica(unit.train(mode == "train"))(x), expected)
+
+
+@pytest.mark.parametrize("name", UNITS)
+@pytest.mark.parametrize("made", ["fused", "made here"])
+def test_frozen_batch_norms_of_timm(name: str, made: str):
+    """Their parameters are buffers; they are fused, and train nothing."""
+    ours, theirs = pair(**UNITS[name])
+    if made == "fused":
+        ours = copy.deepcopy(theirs)
+        sk_fused.fuse(ours)
+    for unit in (ours, theirs):
+        freeze(unit)
+    assert ours.why_not() is None
+    assert_parity(ours.train(), theirs.train(), [torch.randn(3, 16, 6, 5)])
+
+
+def test_a_pruned_batch_norm_of_the_attention_takes_one_image():
+    units = pair(**UNITS["split"])
+    for unit in units:
+        nn.utils.prune.l1_unstructured(unit.eval().attn.bn, "weight", 0.5)
+    x = torch.randn(1, 16, 6, 5)
+    with pytest.warns(RuntimeWarning, match="the layers of attn have hooks"):
+        torch.testing.assert_close(units[0](x), units[1](x))
+
+
+def test_a_parametrised_convolution_is_evaluated_once():
+    """A spectral norm takes a step of its power iteration whenever it is."""
+    units = pair(**UNITS["groups"])
+    for unit in units:
+        torch.manual_seed(3)
+        nn.utils.parametrizations.spectral_norm(unit.paths[0].conv)
+    x = torch.randn(3, 16, 6, 5)
+    torch.testing.assert_close(units[0](x), units[1](x))
+    torch.testing.assert_close(units[0].state_dict(), units[1].state_dict())

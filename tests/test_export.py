@@ -66,6 +66,15 @@ def test_exported_program_runs_in_a_fresh_process(units: tuple[nn.Module, nn.Mod
     assert_agrees(torch.load(tmp_path / "v.pt"), units, other)
 
 
+def test_a_batch_of_any_size_is_exported_where_eager_mode_takes_a_few_images_at_once():
+    unit = sk_fused.FusedSelectiveKernel(64, 128, stride=2).eval()
+    x = torch.randn(8, 64, 56, 56)
+    assert unit._images_in_cache(x) < 8
+    with torch.no_grad():
+        program = torch.export.export(unit, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+        torch.testing.assert_close(program.module()(x[:3]), unit(x[:3]))
+
+
 @pytest.mark.filterwarnings("ignore:sk_fused")
 def test_exported_program_has_no_gradients_and_says_so(units: tuple[nn.Module, nn.Module]):
     program = torch.export.export(units[0].train(), (torch.randn(3, 16, 6, 5),))

@@ -214,6 +214,15 @@ def test_others_of_the_name_are_left_alone(reason: str):
     assert entry.reason.startswith(f"not the {unit_class.__name__} that is known: {reason}")
 
 
+def test_the_argument_has_the_projects_own_name():
+    unit, us = SKFF(20, height=2), [torch.randn(2, 20, 6, 5) for _ in range(2)]
+    expected = unit(inp_feats=us)
+    sk_fused.fuse(unit)
+    torch.testing.assert_close(unit(inp_feats=us), expected)
+    with pytest.raises(TypeError, match="inp_feats"):
+        unit()
+
+
 @pytest.mark.parametrize("case", ["SKFF of 2", "SKAttention", "SimCLRv2"])
 def test_what_cannot_be_fused_runs_as_the_project_has_it(case: str):
     ours, theirs = twins(case, torch.float32, "contiguous")

@@ -177,6 +177,18 @@ def test_replaced_layers_are_used_and_named(name: str):
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_replaced_convolution_is_used(mode: str):
+    """Of any kind: what it gives is fused."""
+    separable = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 8, 1))
+    ours, theirs = (replace(unit, "paths.0.conv", separable).train(mode == "train") for unit in pair(in_channels=8))
+    assert ours.why_not() is None
+    x = torch.randn(4, 8, 6, 5)
+    torch.testing.assert_close(ours(x), theirs(x))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
 def test_branches_of_different_modes():
     ours, theirs = pair(in_channels=8)
     for unit in (ours, theirs):
@@ -353,7 +365,7 @@ def test_bad_operands_of_attend():
 def test_forced_backends(monkeypatch: pytest.MonkeyPatch):
     unit, _ = pair(in_channels=8)
     x = torch.randn(2, 8, 5, 5)
-    with pytest.raises(ValueError, match="name: expected None or one of triton, native, reference, got 'cuda0'"):
+    with pytest.raises(ValueError, match="name: expected None or one of native, triton, reference, got 'cuda0'"):
         sk_fused.use_backend("cuda0")
     monkeypatch.setattr(sk_fused.backends.native, "_C", None)
     monkeypatch.setattr(sk_fused.backends.native, "_missing", "the native extension is not there: for a test", raising=False)
@@ -361,7 +373,7 @@ def test_forced_backends(monkeypatch: pytest.MonkeyPatch):
     with sk_fused.use_backend("native"), pytest.raises(RuntimeError, match="'native' was forced, but the native extension is not there"):
         unit(x)
     assert_same_state(before, unit.state_dict())
-    with pytest.warns(RuntimeWarning, match="plain PyTorch reference, because .*; the native extension is not there") as said:
+    with pytest.warns(RuntimeWarning, match="plain PyTorch reference, because the native extension is not there.*; the Triton kernels run on a GPU") as said:
         unit(x), unit(x)
     assert len(said) == 1
     with sk_fused.use_backend("reference"), warnings.catch_warnings():

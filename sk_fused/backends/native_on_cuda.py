@@ -32,12 +32,13 @@ def _why_not_device(device: torch.device) -> str | None:
 
 # Inputs of a group up to which the eval unit in one launch was faster than the library's convolutions with the other passes, on an H200
 # (benchmarks/results/nvidia-h200/notes.md): of one group, and of several.
-_FASTER_INPUTS = 64, 16
+_FASTER_INPUTS = 64, 8
 
 
 def why_not_convolve(dtype: torch.dtype, inputs: int, outputs: int, groups: int, stride: int) -> str | None:
     """The reason why 3 × 3 convolutions of so many channels of a group, in and out, are left to PyTorch, or None. Those that are taken
-    are those of the eval unit, where it is faster or its backend is forced; what trains takes the library's."""
+    are the eval unit's own, where it is faster or its backend is forced; where a graph is built, they are the library's in any
+    case, of one copy of x for all branches."""
     small, C = inputs == outputs and inputs in (4, 8), groups * outputs
     taken = dtype in (torch.float16, torch.bfloat16) and stride in (1, 2) and C % 8 == 0 and C <= 8192 and (small or inputs % 16 == outputs % 8 == 0)
     if not taken:
@@ -46,6 +47,6 @@ def why_not_convolve(dtype: torch.dtype, inputs: int, outputs: int, groups: int,
             f"8192 in all, with stride 1 or 2, in float16 or bfloat16; got {inputs} in, {outputs} out, {groups} groups, stride {stride}, {dtype}"
         )
     most = _FASTER_INPUTS[groups > 1]
-    if inputs > most and backends._forced != "native":
+    if inputs > most and not torch.is_grad_enabled() and backends._forced != "native":
         return f"of {inputs} inputs a group, more than {most}, the library's convolutions are faster than the native eval unit, unless that is forced"
     return None

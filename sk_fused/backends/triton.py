@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sk_fused.backends as backends
 
-from . import fake, native
+from . import fake
 from .reference import layout_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -62,13 +62,7 @@ def why_not(branches: Sequence[Tensor]) -> str | None:
         return f"the Triton kernels take at most {MOST_BRANCHES} branches, got {len(branches)}"
     if y.shape[0] == 0:
         return "the Triton kernels take at least one image, the batch is empty"
-    return _why_not_triton() or (_why_not_on_cuda(branches) if y.device.type == "cuda" else None)
-
-
-def _why_not_on_cuda(branches: Sequence[Tensor]) -> str | None:
-    if backends._forced is None and native.why_not(branches) is None:
-        return "unless they are forced, the native kernels go before the Triton kernels: a call takes less of the host's time"
-    return _why_not_device(branches[0].device)
+    return _why_not_triton() or (_why_not_device(y.device) if y.device.type == "cuda" else None)
 
 
 @torch.compiler.assume_constant_result
