@@ -56,15 +56,13 @@ def unfuse(model: nn.Module) -> Report:
         from timm.layers import BatchNormAct2d, ConvNormAct
         from timm.layers.norm_act import SyncBatchNormAct
 
-        # The branches of a unit that was made without timm; and the batch-norms that torch's converter has made of timm's, which has
-        # left the activation inside, where only a fused unit finds it.
-        for unit in model.modules():
-            for module in unit.modules() if type(unit) is FusedSelectiveKernel else ():
-                timm_class = {modules.BatchNormAct2d: BatchNormAct2d, modules.ConvNormAct: ConvNormAct}.get(type(module))
-                if type(module) is nn.SyncBatchNorm and "act" in module._modules:
-                    timm_class = SyncBatchNormAct
-                if timm_class:
-                    module.__class__ = timm_class
+        timm_classes = {modules.BatchNormAct2d: BatchNormAct2d, modules.ConvNormAct: ConvNormAct, nn.SyncBatchNorm: SyncBatchNormAct}
+        for unit in [module for module in model.modules() if type(module) is FusedSelectiveKernel]:
+            # The branches, where timm had not made them; or torch's converter, which leaves an activation inside that only a fused
+            # unit finds there.
+            for module in unit.paths.modules():
+                if type(module) in timm_classes:
+                    module.__class__ = timm_classes[type(module)]
     return _convert(model, {fused: timm for timm, fused in _timm_to_fused().items()}, {})
 
 

@@ -254,14 +254,14 @@ def test_gradient_penalty(backend: str):
 def replica(module: nn.Module) -> nn.Module:
     """As torch.nn.DataParallel makes them, one for each GPU: the parameters are plain tensors."""
     copies = {of: of._replicate_for_data_parallel() for of in module.modules()}
-    for of, replica in copies.items():
+    for of, made in copies.items():
         for name, child in of._modules.items():
-            replica._modules[name] = None if child is None else copies[child]
+            made._modules[name] = None if child is None else copies[child]
         for name, parameter in of._parameters.items():
             if parameter is None:
-                replica._parameters[name] = None
+                made._parameters[name] = None
             else:
-                setattr(replica, name, parameter.clone())
+                setattr(made, name, parameter.clone())
     return copies[module]
 
 

@@ -1,6 +1,6 @@
 // attend: a = softmax_m(fc_select . act(BN(fc_reduce . s)) + select_bias) on (B, C)-sized data, and its backward. The forward's
 // matrix products are ours: the library's would be sums in an order that depends on the number of threads, and for a few images
-// take several times as long. The backward's are the library's.
+// take up to twice as long. The backward's are the library's.
 
 #ifdef SK_ISA
 
