@@ -1,6 +1,5 @@
-// branch: grouped 3 x 3 convolutions that are no matrix products, 4, 8, 16 or 32 channels a group, of one input: the branches with
-// their batch statistics, their backward, and the branches of the unit in eval (unit.cpp). Direct, or, of stride 1, by Winograd's
-// algorithm in registers.
+// branch: direct grouped 3 x 3 convolutions, 4, 8, 16 or 32 channels a group, of one input: the branches with their batch
+// statistics, their backward, and the branches of the unit in eval (unit.cpp).
 //
 // A task is an image's share of one cluster of channels: whole groups that fill whole vectors. It goes into a plane in L2
 // cache, pixel by pixel, with channels as lanes; all branches are convolved from there, and the results go back into the
@@ -9,7 +8,6 @@
 #ifdef SK_ISA
 
 #include "plane.h"
-#include "winograd.h"
 
 // One row of a 3 x 3 convolution, for the L output channels whose weights these are. rows[ky] is where the input row of
 // tap (ky, 0) of the first output pixel lies, null where it is outside the image. The sum starts from `bias`, or, if that
@@ -200,8 +198,7 @@ SK_INLINE void convolve_by_tiles(const Clustered& s, int64_t dilation, const Pla
   constexpr int64_t L = kLanes<float>;
   float *const u = scratch, *const beyond = u + 16 * s.inputs * L;
   transform_weights(weights.data, splat(1.0f), s.inputs, weights.channel_step, weights.tap_step, u, L, s.inputs * L);
-  constexpr int kMost = L < 8 ? 4 : 8;
-  const auto two_rows = s.inputs == 4 ? convolve_two_rows<4> : convolve_two_rows<kMost>;
+  const auto two_rows = s.inputs == 4 ? convolve_two_rows<4> : convolve_two_rows<8>;
   const int64_t row = x.width * x.channels;
   for (int64_t phase = 0; phase < dilation; ++phase)
     for (int64_t r = phase; r < x.height; r += 2 * dilation) {
@@ -292,7 +289,7 @@ template <class T>
 void branch_tasks(const Clustered& s, const T* x, const float* weights, T* const* ys, float* scratch, float* moments, float* missed,
                   int64_t first, int64_t last) {
   const Plane plane = s.input_plane(scratch);
-  float* const block = scratch + s.input_plane_size();
+  float* const block = scratch + s.plane_size(plane);
   float* const for_tiles = block + s.out.pixels() * s.cluster;
   const float zero[kMaxCluster] = {};
   for (int64_t task = first; task < last; ++task) {
@@ -320,7 +317,7 @@ void unit_branches_tasks(const Clustered& s, const Blocks& blocks, float slope, 
     for (int64_t k = 0; k < s.cluster; ++k) sum[k] = missed[k] = 0;
     for (int64_t m = 0; m < s.M; ++m)
       convolve(s, m, plane, weights + (m * s.channels() + c) * s.row(), blocks.bias + m * s.channels() + c,
-               blocks.z + (task * s.M + m) * s.out.pixels() * s.cluster, scratch + s.input_plane_size(), RowSum<kAct>{sum, missed, {slope}});
+               blocks.z + (task * s.M + m) * s.out.pixels() * s.cluster, scratch + s.plane_size(plane), RowSum<kAct>{sum, missed, {slope}});
   }
 }
 
@@ -357,8 +354,8 @@ void branch_backward_tasks(const Clustered& s, const Gradient<T>& d, const T* x,
                            float* dweights, int64_t first, int64_t last) {
   constexpr int64_t L = kLanes<float>;
   Plane planes[kMaxBranches];
-  for (int64_t m = 0; m < s.M; ++m) planes[m] = s.gradient_plane(scratch + m * s.gradient_plane_size());
-  float* const block = scratch + s.M * s.gradient_plane_size();
+  for (int64_t m = 0; m < s.M; ++m) planes[m] = s.gradient_plane(scratch + m * s.plane_size(s.gradient_plane(nullptr)));
+  float* const block = scratch + s.M * s.plane_size(planes[0]);
   const Plane inputs{block, s.in.W, 0, 1, s.in.H, s.in.W, s.cluster};
   const WeightGradient gradient = pick_weight_gradient(s.inputs);
   for (int64_t task = first; task < last; ++task) {
@@ -415,13 +412,12 @@ struct Clustered : Convolutions {
 
   // What the branches are convolved from, and their gradients: with margins that the taps may reach into, and the last tile
   // too, which is of Winograd's if the stride is 1. A gradient's pixels lie where the convolution's stride had put them.
-  Plane input_plane(float* data) const { return plane(data, in, input_columns(), 1); }
-  Plane gradient_plane(float* data) const { return plane(data, out, gradient_columns(), stride); }
-  int64_t input_plane_size() const { return (in.H + 3 * halo) * input_columns() * cluster; }
-  int64_t gradient_plane_size() const { return (out.H + 3 * halo) * gradient_columns() * cluster; }
-  int64_t input_columns() const { return 2 * halo + std::max(in.W + halo, (whole_tiles(out.W, tile(out.W)) - 1) * stride + 1); }
-  int64_t gradient_columns() const { return 2 * halo + std::max(in.W + halo, whole_tiles(in.W, tile(in.W))); }
-  Plane plane(float* data, const Picture& picture, int64_t columns, int64_t spread) const {
+  Plane input_plane(float* data) const { return plane(data, in, out.W, stride, 1); }
+  Plane gradient_plane(float* data) const { return plane(data, out, in.W, 1, stride); }
+  int64_t plane_size(const Plane& p) const { return (p.height + 3 * halo) * p.columns * p.channels; }
+  Plane plane(float* data, const Picture& picture, int64_t width, int64_t step, int64_t spread) const {
+    const int64_t reach = (whole_tiles(width, tile(width)) - 1) * step + 1;
+    const int64_t columns = 2 * halo + std::max(picture.W * spread + halo, reach);
     return {data + halo * columns * cluster, columns, halo, spread, picture.H, picture.W, cluster};
   }
   // Of convolve_by_tiles: the weights, and a row of outputs beyond the picture.
@@ -448,7 +444,7 @@ void branch_direct(const Convolutions& convolutions, const Tensor& x, TensorList
     c10::SmallVector<T*, 4> out;
     for (const auto& y : ys) out.push_back(y.data_ptr<T>());
     const auto kernel = SK_PICK(branch_tasks<T>);
-    const int64_t margins = s.input_plane_size();
+    const int64_t margins = s.plane_size(s.input_plane(nullptr));
     parallel_tasks(s.B * s.clusters(), margins, margins + s.out.pixels() * s.cluster + s.tiles_scratch(),
                    [&](float* scratch, int64_t first, int64_t last) {
                      kernel(s, x.const_data_ptr<T>(), packed.const_data_ptr<float>(), out.data(), scratch, moments.data_ptr<float>(),
@@ -477,7 +473,7 @@ void branch_direct_backward(const Convolutions& convolutions, const Tensor& g, c
       const Gradient<T> gradient(branches, g, a, t, p, q);
       for (int64_t m = 0; m < s.M; ++m) turn_weights(s, weights[m].const_data_ptr<T>(), turned[m].data_ptr<float>());
       const auto kernel = SK_PICK(branch_backward_tasks<T, kAct>);
-      const int64_t margins = s.M * s.gradient_plane_size();
+      const int64_t margins = s.M * s.plane_size(s.gradient_plane(nullptr));
       parallel_tasks(parts * s.clusters(), margins, margins + s.in.pixels() * s.cluster + s.tiles_scratch(), [&](float* scratch, int64_t first, int64_t last) {
         kernel(s, gradient, x.const_data_ptr<T>(), turned.const_data_ptr<float>(), parts, scratch, dx.numel() ? dx.data_ptr<T>() : nullptr,
                dweights.empty() ? nullptr : partial.data_ptr<float>(), first, last);
@@ -491,7 +487,7 @@ void branch_direct_backward(const Convolutions& convolutions, const Tensor& g, c
 void unit_branches_direct(const Convolutions& convolutions, const Tensor& x, const Tensor& packed, const Blocks& blocks,
                           c10::string_view activation, double negative_slope) {
   const Clustered s = clustered(convolutions);
-  const int64_t margins = s.input_plane_size();
+  const int64_t margins = s.plane_size(s.input_plane(nullptr));
   dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
     if constexpr (!std::is_same_v<T, double>) {
       const auto kernel = SK_PICK(unit_branches_tasks<T, kAct>);

@@ -25,8 +25,8 @@ struct Convolutions {
   // The channels of x that a branch sees.
   int64_t branch_inputs() const { return groups * inputs; }
   int64_t first_input(int64_t m) const { return split ? m * branch_inputs() : 0; }
-  // Winograd's algorithm saves more than half of the products. From 16 channels a group on these are matrix products; smaller
-  // groups, and strides, are for branch_direct.cpp.
+  // Winograd's algorithm saves more than half of the products, and pays from 16 channels a group on. Smaller groups, and
+  // strides, are convolved directly.
   bool winograd() const { return stride == 1 && inputs % 16 == 0 && outputs % 16 == 0; }
   bool direct() const { return !winograd() && !split && inputs == outputs && (inputs == 4 || inputs == 8 || inputs == 16 || inputs == 32); }
 };

@@ -25,6 +25,7 @@ struct Plane {
   float* data;
   int64_t columns, left, spread, height, width, channels;
   float* row(int64_t r) const { return data + (r * columns + left) * channels; }
+  int64_t size() const { return height * columns * channels; }
 };
 
 // The operands of select_backward, whose results are packed at once where convolutions are the package's own.
