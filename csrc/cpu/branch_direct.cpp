@@ -47,82 +47,6 @@ void convolve_row(const float* const* rows, const Weights& weights, const float*
   }
 }
 
-// Adds to the sums of some tiles the products of two positions, of each the transformed inputs v [tile][L] with the weights u
-// [kGroup][L]; the second's are subtracted where kSubtract. Two positions at a time are sums enough to keep the multipliers busy.
-template <int kGroup, int kTiles, bool kSubtract>
-SK_INLINE void add_products(const float* v0, const float* v1, const float* u0, const float* u1, Vec<float> (&sum0)[kTiles],
-                            Vec<float> (&sum1)[kTiles]) {
-  constexpr int64_t L = kLanes<float>;
-#pragma GCC unroll 16
-  for (int i = 0; i < kGroup; ++i) {
-    const Vec<float> w0 = load(u0 + i * L), w1 = load(u1 + i * L);
-#pragma GCC unroll 16
-    for (int t = 0; t < kTiles; ++t) {
-      sum0[t] += broadcast_in_group<kGroup>(v0 + t * L, i) * w0;
-      const Vec<float> value = broadcast_in_group<kGroup>(v1 + t * L, i);
-      if (kSubtract) sum1[t] -= value * w1;
-      else sum1[t] += value * w1;
-    }
-  }
-}
-
-// m A of a row of positions, m = v u.
-template <int kGroup, int kTiles> SK_INLINE void row_of_products(const float* v, const float* u, Vec<float> (&out)[2][kTiles]) {
-  constexpr int64_t L = kLanes<float>, kV = kTiles * L, kU = kGroup * L;
-  Vec<float> second[kTiles] = {}, third[kTiles] = {};
-  add_products<kGroup, kTiles, false>(v + kV, v + 2 * kV, u + kU, u + 2 * kU, second, third);
-  for (int t = 0; t < kTiles; ++t) {
-    out[0][t] = second[t] + third[t];
-    out[1][t] = second[t] - third[t];
-  }
-  add_products<kGroup, kTiles, true>(v, v + 3 * kV, u, u + 3 * kU, out[0], out[1]);
-}
-
-// Two rows of a convolution of stride 1, `dilation` apart, for the L output channels whose transformed weights u [16][kGroup][L]
-// these are, by Winograd's F(2 x 2, 3 x 3): of so few channels a group, that a tile's products never leave the registers. `pixel`
-// is the first of the upper row. The sums start from `bias`, or, if that is null, from what the rows have.
-template <int kGroup>
-void convolve_two_rows(const Plane& x, const float* pixel, int64_t dilation, const float* u, const float* bias, float* upper, float* lower,
-                       int64_t width) {
-  constexpr int64_t L = kLanes<float>;
-  constexpr int kTiles = 4;
-  constexpr int64_t kV = 4 * kTiles * L, kU = 4 * kGroup * L;
-  const int64_t rest = width % (2 * dilation), tiles = width / (2 * dilation) * dilation + (rest < dilation ? rest : dilation);
-  alignas(64) float v[4 * kV];
-  int64_t column = 0, in_run = 0;
-  for (int64_t first = 0; first < tiles; first += kTiles) {
-    // An output beyond the picture goes where its left neighbour does, which is stored after it.
-    int64_t left[kTiles], right[kTiles];
-#pragma GCC unroll 1
-    for (int t = 0; t < kTiles; ++t) {
-      left[t] = column * x.channels;
-      right[t] = (column + dilation < width ? column + dilation : column) * x.channels;
-      transform_inputs(pixel + left[t] - (x.columns + 1) * dilation * x.channels, dilation * x.columns * x.channels, dilation * x.channels,
-                       L, v + t * L, kTiles * L);
-      if (first + t + 1 >= tiles) continue;
-      in_run = in_run + 1 < dilation ? in_run + 1 : 0;
-      column += in_run > 0 ? 1 : dilation + 1;
-    }
-    // A^T (m A): the rows' outputs, left and right.
-    Vec<float> above[2][kTiles], below[2][kTiles], row[2][kTiles];
-    row_of_products<kGroup, kTiles>(v + kV, u + kU, above);
-    row_of_products<kGroup, kTiles>(v + 2 * kV, u + 2 * kU, row);
-    for (int i = 0; i < 2; ++i)
-      for (int t = 0; t < kTiles; ++t) {
-        const int64_t at = i == 0 ? left[t] : right[t];
-        const Vec<float> sum = above[i][t];
-        above[i][t] = sum + row[i][t] + load(bias ? bias : upper + at);
-        below[i][t] = sum - row[i][t] + load(bias ? bias : lower + at);
-      }
-    row_of_products<kGroup, kTiles>(v, u, row);
-    for (int i = 1; i >= 0; --i)
-      for (int t = 0; t < kTiles; ++t) store(upper + (i == 0 ? left[t] : right[t]), above[i][t] + row[i][t]);
-    row_of_products<kGroup, kTiles>(v + 3 * kV, u + 3 * kU, row);
-    for (int i = 1; i >= 0; --i)
-      for (int t = 0; t < kTiles; ++t) store(lower + (i == 0 ? left[t] : right[t]), below[i][t] - row[i][t]);
-  }
-}
-
 // Adds to out [kGroup][9][L] what a plane of gradients, and the block that was convolved, give for the weights: the sum
 // over the pixels of each product of an input channel and a gradient. The rows are summed in parts of some hundred pixels.
 template <int kGroup> void weight_gradient(const Plane& x, const Plane& dy, int64_t dilation, int64_t stride, float* out) {
@@ -190,36 +114,12 @@ WeightGradient pick_weight_gradient(int64_t group) {
   }
 }
 
-// One vector of output channels, of those of a plane of stride 1, by tiles: rows of outputs into a block, and what is to happen to
-// each while it is in L1 cache. The scratch is Clustered::tiles_scratch().
-template <class EachRow>
-SK_INLINE void convolve_by_tiles(const Clustered& s, int64_t dilation, const Plane& x, const Weights& weights, const float* bias,
-                                 float* block, float* scratch, const EachRow& each_row) {
-  constexpr int64_t L = kLanes<float>;
-  float *const u = scratch, *const beyond = u + 16 * s.inputs * L;
-  transform_weights(weights.data, splat(1.0f), s.inputs, weights.channel_step, weights.tap_step, u, L, s.inputs * L);
-  const auto two_rows = s.inputs == 4 ? convolve_two_rows<4> : convolve_two_rows<8>;
-  const int64_t row = x.width * x.channels;
-  for (int64_t phase = 0; phase < dilation; ++phase)
-    for (int64_t r = phase; r < x.height; r += 2 * dilation) {
-      const bool both = r + dilation < x.height;
-      float *const upper = block + r * row, *const lower = both ? upper + dilation * row : beyond;
-      two_rows(x, x.row(r), dilation, u, bias, upper, lower, x.width);
-      each_row.add(upper, x.channels, x.width, 0, r * x.width);
-      if (both) each_row.add(lower, x.channels, x.width, 0, (r + dilation) * x.width);
-    }
-}
-
-// Where a group is not wider than a vector, its plane is one.
-SK_INLINE bool by_tiles(const Clustered& s) { return s.stride == 1 && s.inputs <= 8 && s.inputs <= kLanes<float>; }
-
 // One branch of a task, row by row, into a block, and what is to happen to each row while it is in L1 cache.
 template <class EachRow>
 SK_INLINE void convolve(const Clustered& s, int64_t m, const Plane& x, const float* weights, const float* bias, float* block,
-                        float* scratch, const EachRow& each_row) {
+                        const EachRow& each_row) {
   constexpr int64_t L = kLanes<float>;
   const int64_t d = s.dilation[m];
-  if (by_tiles(s)) return convolve_by_tiles(s, d, x, {weights, s.channel_step, s.tap_step}, bias, block, scratch, each_row);
   const ConvolveRow row = pick_convolve_row(s.inputs, d, s.stride, s.tile(s.out.W));
   for (int64_t k = 0; k < x.channels; k += L) {
     const Weights w{weights + k * s.row(), s.channel_step, s.tap_step};
@@ -269,10 +169,6 @@ struct RowMoments {
   }
 };
 
-struct RowAsItIs {
-  SK_INLINE void add(const float*, int64_t, int64_t, int64_t, int64_t) const {}
-};
-
 // Adds the row's activations to `sum` and `missed`.
 template <Activation kAct> struct RowSum {
   float *sum, *missed;
@@ -289,8 +185,7 @@ template <class T>
 void branch_tasks(const Clustered& s, const T* x, const float* weights, T* const* ys, float* scratch, float* moments, float* missed,
                   int64_t first, int64_t last) {
   const Plane plane = s.input_plane(scratch);
-  float* const block = scratch + s.plane_size(plane);
-  float* const for_tiles = block + s.out.pixels() * s.cluster;
+  float* const block = scratch + plane.size();
   const float zero[kMaxCluster] = {};
   for (int64_t task = first; task < last; ++task) {
     const int64_t b = task / s.clusters(), c = task % s.clusters() * s.cluster, channels = s.in.C - c < s.cluster ? s.in.C - c : s.cluster;
@@ -298,8 +193,7 @@ void branch_tasks(const Clustered& s, const T* x, const float* weights, T* const
     for (int64_t m = 0; m < s.M; ++m) {
       float* const centre = moments + (b * 2 * s.M + m) * s.channels() + c;
       const RowMoments row_moments{centre, centre + s.M * s.channels(), missed + (b * s.M + m) * s.channels() + c};
-      convolve(s, m, plane, weights + (m * s.channels() + c) * s.row(), zero, block, for_tiles,
-               row_moments);
+      convolve(s, m, plane, weights + (m * s.channels() + c) * s.row(), zero, block, row_moments);
       unpack(block, s.cluster, ys[m] + s.out.offset(b, c), s.out, channels);
     }
   }
@@ -317,21 +211,16 @@ void unit_branches_tasks(const Clustered& s, const Blocks& blocks, float slope, 
     for (int64_t k = 0; k < s.cluster; ++k) sum[k] = missed[k] = 0;
     for (int64_t m = 0; m < s.M; ++m)
       convolve(s, m, plane, weights + (m * s.channels() + c) * s.row(), blocks.bias + m * s.channels() + c,
-               blocks.z + (task * s.M + m) * s.out.pixels() * s.cluster, scratch + s.plane_size(plane), RowSum<kAct>{sum, missed, {slope}});
+               blocks.z + (task * s.M + m) * s.out.pixels() * s.cluster, RowSum<kAct>{sum, missed, {slope}});
   }
 }
 
 // dx of a task, from the gradients' planes and the weights turned round: a block.
-void input_gradient(const Clustered& s, const Plane* dy, const float* turned, int64_t c, float* block, float* scratch) {
+void input_gradient(const Clustered& s, const Plane* dy, const float* turned, int64_t c, float* block) {
   constexpr int64_t L = kLanes<float>;
   const float zero[kMaxCluster] = {};
   for (int64_t m = 0; m < s.M; ++m) {
     const int64_t d = s.dilation[m];
-    if (by_tiles(s)) {
-      const Weights w{turned + (m * s.channels() + c) * s.row(), 9, 1};
-      convolve_by_tiles(s, d, dy[m], w, m == 0 ? zero : nullptr, block, scratch, RowAsItIs{});
-      continue;
-    }
     const ConvolveRow row = pick_convolve_row(s.inputs, d, 1, s.tile(s.in.W));
     for (int64_t k = 0; k < s.cluster; k += L) {
       const Weights w{turned + (m * s.channels() + c + k) * s.row(), 9, 1};
@@ -354,8 +243,8 @@ void branch_backward_tasks(const Clustered& s, const Gradient<T>& d, const T* x,
                            float* dweights, int64_t first, int64_t last) {
   constexpr int64_t L = kLanes<float>;
   Plane planes[kMaxBranches];
-  for (int64_t m = 0; m < s.M; ++m) planes[m] = s.gradient_plane(scratch + m * s.plane_size(s.gradient_plane(nullptr)));
-  float* const block = scratch + s.M * s.plane_size(planes[0]);
+  for (int64_t m = 0; m < s.M; ++m) planes[m] = s.gradient_plane(scratch + m * s.gradient_plane(nullptr).size());
+  float* const block = scratch + s.M * planes[0].size();
   const Plane inputs{block, s.in.W, 0, 1, s.in.H, s.in.W, s.cluster};
   const WeightGradient gradient = pick_weight_gradient(s.inputs);
   for (int64_t task = first; task < last; ++task) {
@@ -373,7 +262,7 @@ void branch_backward_tasks(const Clustered& s, const Gradient<T>& d, const T* x,
           gradient(inputs, dy, s.dilation[m], s.stride, dweights + ((part * s.M + m) * s.channels() + c + k) * s.row());
         }
       if (!dx) continue;
-      input_gradient(s, planes, turned, c, block, block + s.in.pixels() * s.cluster);
+      input_gradient(s, planes, turned, c, block);
       unpack(block, s.cluster, dx + s.in.offset(b, c), s.in, channels);
     }
   }
@@ -410,18 +299,13 @@ struct Clustered : Convolutions {
   }
   static int64_t whole_tiles(int64_t width, int64_t tile) { return (width + tile - 1) / tile * tile; }
 
-  // What the branches are convolved from, and their gradients: with margins that the taps may reach into, and the last tile
-  // too, which is of Winograd's if the stride is 1. A gradient's pixels lie where the convolution's stride had put them.
-  Plane input_plane(float* data) const { return plane(data, in, out.W, stride, 1); }
-  Plane gradient_plane(float* data) const { return plane(data, out, in.W, 1, stride); }
-  int64_t plane_size(const Plane& p) const { return (p.height + 3 * halo) * p.columns * p.channels; }
-  Plane plane(float* data, const Picture& picture, int64_t width, int64_t step, int64_t spread) const {
-    const int64_t reach = (whole_tiles(width, tile(width)) - 1) * step + 1;
-    const int64_t columns = 2 * halo + std::max(picture.W * spread + halo, reach);
-    return {data + halo * columns * cluster, columns, halo, spread, picture.H, picture.W, cluster};
+  // What the branches are convolved from, and their gradients: with margins that the taps may reach into, and the last
+  // tile too. A gradient's pixels lie where the convolution's stride had put them.
+  Plane input_plane(float* data) const {
+    const int64_t reach = (whole_tiles(out.W, tile(out.W)) - 1) * stride + 1;
+    return {data, 2 * halo + std::max(in.W, reach), halo, 1, in.H, in.W, cluster};
   }
-  // Of convolve_by_tiles: the weights, and a row of outputs beyond the picture.
-  int64_t tiles_scratch() const { return (16 * inputs + out.W) * cluster; }
+  Plane gradient_plane(float* data) const { return {data, 2 * halo + whole_tiles(in.W, tile(in.W)), halo, stride, out.H, out.W, cluster}; }
 };
 
 }  // namespace sk
@@ -444,8 +328,7 @@ void branch_direct(const Convolutions& convolutions, const Tensor& x, TensorList
     c10::SmallVector<T*, 4> out;
     for (const auto& y : ys) out.push_back(y.data_ptr<T>());
     const auto kernel = SK_PICK(branch_tasks<T>);
-    const int64_t margins = s.plane_size(s.input_plane(nullptr));
-    parallel_tasks(s.B * s.clusters(), margins, margins + s.out.pixels() * s.cluster + s.tiles_scratch(),
+    parallel_tasks(s.B * s.clusters(), s.input_plane(nullptr).size(), s.input_plane(nullptr).size() + s.out.pixels() * s.cluster,
                    [&](float* scratch, int64_t first, int64_t last) {
                      kernel(s, x.const_data_ptr<T>(), packed.const_data_ptr<float>(), out.data(), scratch, moments.data_ptr<float>(),
                             missed.data_ptr<float>(), first, last);
@@ -473,8 +356,8 @@ void branch_direct_backward(const Convolutions& convolutions, const Tensor& g, c
       const Gradient<T> gradient(branches, g, a, t, p, q);
       for (int64_t m = 0; m < s.M; ++m) turn_weights(s, weights[m].const_data_ptr<T>(), turned[m].data_ptr<float>());
       const auto kernel = SK_PICK(branch_backward_tasks<T, kAct>);
-      const int64_t margins = s.M * s.plane_size(s.gradient_plane(nullptr));
-      parallel_tasks(parts * s.clusters(), margins, margins + s.in.pixels() * s.cluster + s.tiles_scratch(), [&](float* scratch, int64_t first, int64_t last) {
+      const int64_t margins = s.M * s.gradient_plane(nullptr).size();
+      parallel_tasks(parts * s.clusters(), margins, margins + s.in.pixels() * s.cluster, [&](float* scratch, int64_t first, int64_t last) {
         kernel(s, gradient, x.const_data_ptr<T>(), turned.const_data_ptr<float>(), parts, scratch, dx.numel() ? dx.data_ptr<T>() : nullptr,
                dweights.empty() ? nullptr : partial.data_ptr<float>(), first, last);
       });
@@ -487,11 +370,11 @@ void branch_direct_backward(const Convolutions& convolutions, const Tensor& g, c
 void unit_branches_direct(const Convolutions& convolutions, const Tensor& x, const Tensor& packed, const Blocks& blocks,
                           c10::string_view activation, double negative_slope) {
   const Clustered s = clustered(convolutions);
-  const int64_t margins = s.plane_size(s.input_plane(nullptr));
+  const int64_t scratch_size = s.input_plane(nullptr).size();
   dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
     if constexpr (!std::is_same_v<T, double>) {
       const auto kernel = SK_PICK(unit_branches_tasks<T, kAct>);
-      parallel_tasks(s.B * s.clusters(), margins, margins + s.tiles_scratch(), [&](float* scratch, int64_t first, int64_t last) {
+      parallel_tasks(s.B * s.clusters(), scratch_size, scratch_size, [&](float* scratch, int64_t first, int64_t last) {
         kernel(s, blocks, static_cast<float>(negative_slope), x.const_data_ptr<T>(), packed.const_data_ptr<float>(), scratch, first, last);
       });
     }
