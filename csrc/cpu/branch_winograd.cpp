@@ -118,6 +118,7 @@ void transform_weight_gradients(const float* du, int64_t inputs, int64_t step, i
 template <int kRows, int kVecs> SK_INLINE void multiply(const float* v, const float* u, int64_t inputs, float* m) {
   constexpr int64_t L = kLanes<float>;
   Vec<float> sum[kRows][kVecs] = {};
+#pragma GCC unroll 4
   for (int64_t i = 0; i < inputs; ++i) {
     Vec<float> w[kVecs];
     for (int j = 0; j < kVecs; ++j) w[j] = load(u + (i * kVecs + j) * L);
