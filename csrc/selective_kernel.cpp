@@ -153,6 +153,7 @@ Made forward(const Call& call, const Statistics& running, TensorList all, bool n
 
 variable_list backward(const Call& call, Tensor g, TensorList kept, TensorList all, std::vector<Tensor> ys,
                        const std::vector<bool>& needs) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const Leaves leaves(all, call.M);
   const auto& op = operators();
   const auto& [act, slope] = call.act;
@@ -209,7 +210,7 @@ variable_list differentiable(const Call& call, const Tensor& g, TensorList leave
 struct SelectiveKernel : torch::autograd::Function<SelectiveKernel> {
   static variable_list forward(AutogradContext* ctx, const c10::intrusive_ptr<Call>& call, const Statistics& running,
                                std::vector<Tensor>* moments, const variable_list& leaves, TensorList edges) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
     Made made = sk::forward(*call, running, leaves, true);
     *moments = std::move(made.moments);
     variable_list& saved = made.kept;
@@ -274,7 +275,7 @@ std::vector<Tensor> selective_kernel(py::object differentiable, std::optional<Co
     outputs.insert(outputs.end(), moments.begin(), moments.end());
     return outputs;
   }
-  const at::NoGradGuard no_grad;
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
   Made made = forward(*call, running, leaves, false);
   made.moments.insert(made.moments.begin(), made.v);
   return made.moments;

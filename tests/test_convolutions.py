@@ -20,8 +20,12 @@ from .test_operators import assert_passes_with, flat
 # fill, rows of whole and of broken tiles. Winograd: dense and grouped, whole and split, odd maps, maps below a tile.
 CASES = {
     "4 a group": (40, 40, 10, (2, 9, 13), 1, (1, 2)),
+    "4 a group, three dilations": (20, 20, 5, (2, 7, 11), 1, (1, 2, 3)),
+    "4 a group, 1 × 1 maps": (16, 16, 4, (2, 1, 1), 1, (3, 1)),
     "4 a group, stride 2": (24, 24, 6, (3, 8, 7), 2, (1, 2, 3)),
     "8 a group": (64, 64, 8, (2, 14, 16), 1, (2, 1)),
+    "8 a group, narrow": (24, 24, 3, (2, 5, 2), 1, (1, 3)),
+    "8 a group, flat": (16, 16, 2, (1, 2, 33), 1, (2, 3)),
     "8 a group, stride 2": (24, 24, 3, (1, 15, 14), 2, (3,)),
     "16 a group": (48, 48, 3, (2, 7, 7), 1, (1, 2, 3)),
     "16 a group, stride 2": (32, 32, 2, (2, 7, 10), 2, (1, 2)),

@@ -255,12 +255,8 @@ std::tuple<Tensor, std::vector<Tensor>> branch_backward_cpu(const Tensor& g, con
   std::vector<Tensor> dweights;
   if (needs[1])
     for (const auto& w : weights) dweights.push_back(at::empty_like(w, at::MemoryFormat::Contiguous));
-  if (s.winograd()) {
-    const auto dys = select_backward_cpu(g, ys, mean, scale, bias, a, t, p, q, activation, negative_slope);
-    branch_winograd_backward(s, x, weights, dys, dx, dweights);
-  } else {
-    branch_direct_backward(s, g, x, weights, ys, mean, scale, bias, a, t, p, q, activation, negative_slope, dx, dweights);
-  }
+  const auto backward = s.winograd() ? branch_winograd_backward : branch_direct_backward;
+  backward(s, g, x, weights, ys, mean, scale, bias, a, t, p, q, activation, negative_slope, dx, dweights);
   return {dx, dweights};
 }
 

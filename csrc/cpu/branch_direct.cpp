@@ -215,36 +215,6 @@ void unit_branches_tasks(const Clustered& s, const Blocks& blocks, float slope, 
   }
 }
 
-// The gradients of all branches' convolutions, into a plane each: what select_backward gives, where it is used at once.
-template <class T, Activation kAct>
-SK_INLINE void gradient_planes(const Clustered& s, const Gradient<T>& d, int64_t b, int64_t c, const Plane* planes) {
-  constexpr int64_t L = kLanes<float>;
-  const Branches<T>& v = d.branches;
-  const Act<float, kAct> act{v.slope};
-  const int64_t offset = s.out.offset(b, c);
-  for (int64_t m = 0; m < s.M; ++m)
-    for (int64_t k = 0; k < s.cluster; k += L) {
-      const int64_t lanes = clamp<L>(s.in.C - c - k);
-      const int64_t at = m * s.in.C + c + k;
-      const Vec<float> mean = load_some(v.mean + at, lanes), scale = load_some(v.scale + at, lanes), bias = load_some(v.bias + at, lanes);
-      const Vec<float> p = load_some(d.p + at, lanes), q = load_some(d.q + at, lanes);
-      const Vec<float> a = load_some(d.a + b * s.M * s.in.C + at, lanes), t = load_some(d.t + b * s.in.C + c + k, lanes);
-      Walk walk(planes[m]);
-      const int64_t from = offset + k * s.out.channel_step();
-      for (int64_t pixel = 0; pixel < s.out.pixels(); pixel += L) {
-        const int64_t pixels = clamp<L>(s.out.pixels() - pixel);
-        Vec<float> y[L], g[L];
-        load_pixels(v.y[m] + from, s.out, pixel, pixels, lanes, y);
-        load_pixels(d.g + from, s.out, pixel, pixels, lanes, g);
-        for (int i = 0; i < pixels; ++i) {
-          const Vec<float> centred = y[i] - mean;
-          const Vec<float> dz = act.gate(centred * scale + bias, a * g[i] + t);
-          store(walk.next() + k, scale * dz - p - centred * q);
-        }
-      }
-    }
-}
-
 // dx of a task, from the gradients' planes and the weights turned round: a block.
 void input_gradient(const Clustered& s, const Plane* dy, const float* turned, int64_t c, float* block) {
   constexpr int64_t L = kLanes<float>;
@@ -283,7 +253,7 @@ void branch_backward_tasks(const Clustered& s, const Gradient<T>& d, const T* x,
     for (int64_t m = 0; m < s.M && dweights; ++m)
       std::memset(dweights + ((part * s.M + m) * s.channels() + c) * s.row(), 0, s.cluster * s.row() * sizeof(float));
     for (int64_t b = part * s.B / parts; b < (part + 1) * s.B / parts; ++b) {
-      gradient_planes<T, kAct>(s, d, b, c, planes);
+      for (int64_t m = 0; m < s.M; ++m) pack_gradient<T, kAct>(d, m, s.out, b, c, planes[m]);
       if (dweights) pack(x + s.in.offset(b, c), s.in, channels, inputs);
       for (int64_t m = 0; m < s.M && dweights; ++m)
         for (int64_t k = 0; k < s.cluster; k += L) {
@@ -310,13 +280,6 @@ constexpr int64_t kMaxCluster = 32;
 struct Weights {
   const float* data;
   int64_t channel_step, tap_step;
-};
-
-// The operands of select_backward.
-template <class T> struct Gradient {
-  const Branches<T>& branches;
-  const T* g;
-  const float *a, *t, *p, *q;
 };
 
 // The convolutions, cut into clusters of channels.
@@ -390,12 +353,7 @@ void branch_direct_backward(const Convolutions& convolutions, const Tensor& g, c
   dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
     if constexpr (!std::is_same_v<T, double>) {
       const Branches<T> branches(ys, mean, scale, bias, negative_slope);
-      const Gradient<T> gradient{branches,
-                                 g.const_data_ptr<T>(),
-                                 a.const_data_ptr<float>(),
-                                 t.const_data_ptr<float>(),
-                                 p.const_data_ptr<float>(),
-                                 q.const_data_ptr<float>()};
+      const Gradient<T> gradient(branches, g, a, t, p, q);
       for (int64_t m = 0; m < s.M; ++m) turn_weights(s, weights[m].const_data_ptr<T>(), turned[m].data_ptr<float>());
       const auto kernel = SK_PICK(branch_backward_tasks<T, kAct>);
       const int64_t margins = s.M * s.gradient_plane(nullptr).size();

@@ -118,6 +118,7 @@ void transform_weight_gradients(const float* du, int64_t inputs, int64_t step, i
 template <int kRows, int kVecs> SK_INLINE void multiply(const float* v, const float* u, int64_t inputs, float* m) {
   constexpr int64_t L = kLanes<float>;
   Vec<float> sum[kRows][kVecs] = {};
+#pragma GCC unroll 4
   for (int64_t i = 0; i < inputs; ++i) {
     Vec<float> w[kVecs];
     for (int j = 0; j < kVecs; ++j) w[j] = load(u + (i * kVecs + j) * L);
@@ -129,15 +130,15 @@ template <int kRows, int kVecs> SK_INLINE void multiply(const float* v, const fl
     for (int j = 0; j < kVecs; ++j) store(m + (r * kVecs + j) * L, sum[r][j]);
 }
 
-// du (kRows of the inputs, kVecs * L) += the sum over the tiles of v (tiles, inputs) and d (tiles, kVecs * L), summed apart: a
-// chain of additions as long as the batch would round away more.
+// du (kRows of the inputs, kVecs * L) += the sum over the tiles of v (tiles, inputs) and d (tiles, kVecs * L of outputs), summed
+// apart: a chain of additions as long as the batch would round away more.
 template <int kRows, int kVecs>
-SK_INLINE void multiply_transposed(const float* v, const float* d, int64_t tiles, int64_t inputs, float* du) {
+SK_INLINE void multiply_transposed(const float* v, const float* d, int64_t tiles, int64_t inputs, int64_t outputs, float* du) {
   constexpr int64_t L = kLanes<float>;
   Vec<float> sum[kRows][kVecs] = {};
   for (int64_t t = 0; t < tiles; ++t) {
     Vec<float> w[kVecs];
-    for (int j = 0; j < kVecs; ++j) w[j] = load(d + (t * kVecs + j) * L);
+    for (int j = 0; j < kVecs; ++j) w[j] = load(d + t * outputs + j * L);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
       for (int j = 0; j < kVecs; ++j) sum[r][j] += v[t * inputs + r] * w[j];
@@ -224,44 +225,56 @@ template <int kVecs, Activation kAct> struct ToBlocks {
   }
 };
 
+// What is convolved: the channels of a group, of image b.
+template <class T> SK_INLINE void pack_input(const Branch<T>& branch, int64_t b, int64_t group, const Plane& plane) {
+  const Winograd& s = branch.convolution;
+  if (branch.gradient) branch.pack_gradient(*branch.gradient, branch.m, s.in, b, group * s.inputs, plane);
+  else pack(branch.x + s.in.offset(b, s.first_input + group * s.inputs), s.in, s.inputs, plane);
+}
+
 // Output channels `begin` to `end` of a group, of some images: the products of an image's tiles go to to(image, tiles, channel, ...).
+// With `packed` the planes have the images already.
 template <int kVecs, class T, class To>
-SK_INLINE void convolve(const Winograd& s, const T* x, const WeightRows<T>& weights, int64_t image, int64_t images, int64_t group,
-                        int64_t begin, int64_t end, float* scratch, const To& to) {
+SK_INLINE void convolve(const Branch<T>& branch, bool packed, int64_t image, int64_t images, int64_t group, int64_t begin, int64_t end,
+                        float* scratch, const To& to) {
   constexpr int64_t L = kLanes<float>, kChunk = kVecs * L;
-  const Plane plane = s.plane(scratch, s.in, s.inputs);
-  const int64_t v_step = position_step(s.span * s.inputs), u_step = position_step(s.inputs * kChunk),
-                m_step = position_step(kTilesOfProduct * kChunk), tiles = images * s.tiles;
-  float* const v = scratch + s.plane_size(s.in, s.inputs);
+  const Winograd& s = branch.convolution;
+  const WeightRows<T>& weights = branch.weights;
+  const int64_t plane_size = s.plane_size(s.in, s.inputs), v_step = position_step(s.span * s.inputs),
+                u_step = position_step(s.inputs * kChunk), m_step = position_step(kTilesOfProduct * kChunk), tiles = images * s.tiles;
+  float* const v = scratch + s.planes * plane_size;
   float* const u = v + 16 * v_step;
-  float* const m = u + 16 * u_step;
+  float* const m = u + s.kept * 16 * u_step;
   float* const side_by_side = m + 16 * m_step;
-  // Whose transformed weights u has.
-  int64_t transformed = -1;
+  const bool all_kept = s.kept * kChunk >= end - begin;
+  // The weights of the channels from here on are to be transformed next.
+  int64_t next = begin;
   for (TileOf start{s.tiles}; start.in_task < tiles; start += s.span) {
     const int64_t count = tiles - start.in_task < s.span ? tiles - start.in_task : s.span;
     TileOf in = start;
     for (int64_t t = 0; t < count; ++t, in += 1) {
-      if (in.tile == 0) pack(x + s.in.offset(image + in.image, s.first_input + group * s.inputs), s.in, s.inputs, plane);
+      const Plane plane = s.plane(scratch + (s.planes > 1 ? in.image : 0) * plane_size, s.in, s.inputs);
+      if (in.tile == 0 && !packed) pack_input(branch, image + in.image, group, plane);
       const Tile& tile = s.tile[in.tile];
       const float* const pixel = plane.row(tile.row - s.dilation) + (tile.column - s.dilation) * s.inputs;
       transform_inputs(pixel, s.dilation * plane.columns * s.inputs, s.dilation * s.inputs, s.inputs, v + t * s.inputs, v_step);
     }
     for (int64_t c = begin; c < end; c += kChunk) {
-      for (int64_t j = 0, row = s.inputs * 9; j < kVecs && transformed != c; ++j) {
+      float* const of_chunk = u + (c - begin) / kChunk % s.kept * 16 * u_step;
+      for (int64_t j = 0, row = s.inputs * 9; j < kVecs && c == next; ++j) {
         const int64_t channel = group * s.outputs + c + j * L;
         if (weights.rows) transpose_rows(weights.rows + channel * row, row, side_by_side);
         transform_weights(weights.rows ? side_by_side : weights.packed + channel * row,
-                          weights.scale ? load(weights.scale + channel) : splat(1.0f), s.inputs, s.channel_step, s.tap_step, u + j * L,
-                          kChunk, u_step);
+                          weights.scale ? load(weights.scale + channel) : splat(1.0f), s.inputs, s.channel_step, s.tap_step,
+                          of_chunk + j * L, kChunk, u_step);
       }
-      transformed = c;
+      if (c == next) next = all_kept || c + kChunk < end ? c + kChunk : begin;
       TileOf out = start;
       for (int64_t from = 0; from < count; from += kTilesOfProduct) {
         const int64_t until = from + kTilesOfProduct < count ? from + kTilesOfProduct : count;
         for (int64_t position = 0; position < 16; ++position)
           for (int64_t t = from; t < until; t += kRows)
-            multiply<kRows, kVecs>(v + position * v_step + t * s.inputs, u + position * u_step, s.inputs,
+            multiply<kRows, kVecs>(v + position * v_step + t * s.inputs, of_chunk + position * u_step, s.inputs,
                                    m + position * m_step + (t - from) * kChunk);
         for (int64_t t = from, now; t < until; t += now, out += now) {
           now = until - t < s.tiles - out.tile ? until - t : s.tiles - out.tile;
@@ -272,96 +285,107 @@ SK_INLINE void convolve(const Winograd& s, const T* x, const WeightRows<T>& weig
   }
 }
 
-// Tasks are (some images, group, part of its output channels).
+// Tasks are (some images, group, part of its output channels), of all branches. The last of the scratch, `picture`, is for outputs
+// that are contiguous; channels_last ones go where they belong at once.
 template <class T, int kVecs>
-void convolve_tasks(const Winograd& s, const T* x, const WeightRows<T>& weights, bool add, T* out, float* scratch, int64_t first,
-                    int64_t last) {
+void convolve_tasks(const Branch<T>* branches, int64_t M, float* scratch, int64_t picture, int64_t first, int64_t last) {
   constexpr int64_t kChunk = kVecs * kLanes<float>;
-  // channels_last outputs go where they belong at once.
-  float* const picture = s.out.channels_last ? nullptr : scratch + s.scratch_size(kChunk);
+  const Winograd& s = branches[0].convolution;
+  const int64_t pixels = s.out.pixels();
   for (int64_t task = first; task < last; ++task) {
     const auto [image, images, group, begin, end] = s.task(task, kChunk);
-    const int64_t channels = end - begin, group_channel = group * s.outputs + s.first_output;
-    if (!picture) {
-      T* const to = out + s.out.offset(image, group_channel);
-      convolve<kVecs>(s, x, weights, image, images, group, begin, end, scratch,
-                      ToImages<T, kVecs>{to, s.out.C * s.out.pixels(), s.out.C, add});
-      continue;
+    const int64_t channels = end - begin;
+    for (int64_t m = 0; m < M; ++m) {
+      const Branch<T>& branch = branches[m];
+      const bool packed = m > 0 && branch.reads_as(branches[m - 1]) && s.planes >= images, add = m > 0 && branch.writes_as(branches[m - 1]);
+      T* const to = branch.out + s.out.offset(image, group * s.outputs + branch.convolution.first_output);
+      if (s.out.channels_last) {
+        convolve<kVecs>(branch, packed, image, images, group, begin, end, scratch,
+                        ToImages<T, kVecs>{to, s.out.C * pixels, s.out.C, add});
+        continue;
+      }
+      float* const block = scratch + picture;
+      convolve<kVecs>(branch, packed, image, images, group, begin, end, scratch,
+                      ToImages<float, kVecs>{block - begin, pixels * channels, channels, add});
+      // The next branch may add to it.
+      if (m + 1 < M && branches[m + 1].writes_as(branch)) continue;
+      for (int64_t i = 0; i < images; ++i)
+        unpack(block + i * pixels * channels, channels, to + s.out.offset(i, begin), s.out, channels);
     }
-    T* const to = out + s.out.offset(image, group_channel + begin);
-    for (int64_t i = 0; add && i < images; ++i)
-      pack(to + s.out.offset(i, 0), s.out, channels,
-           Plane{picture + i * s.out.pixels() * channels, s.out.W, 0, 1, s.out.H, s.out.W, channels});
-    convolve<kVecs>(s, x, weights, image, images, group, begin, end, scratch,
-                    ToImages<float, kVecs>{picture - begin, s.out.pixels() * channels, channels, add});
-    for (int64_t i = 0; i < images; ++i)
-      unpack(picture + i * s.out.pixels() * channels, channels, to + s.out.offset(i, 0), s.out, channels);
   }
 }
 
-// The same tasks of all branches, into blocks.
+// The same tasks, into blocks.
 template <class T, int kVecs, Activation kAct>
-void unit_branches_tasks(const Winograd* branches, const WeightRows<T>* weights, int64_t M, const Blocks& blocks, float slope, const T* x,
-                         float* scratch, int64_t first, int64_t last) {
+void unit_branches_tasks(const Branch<T>* branches, int64_t M, const Blocks& blocks, float slope, float* scratch, int64_t first,
+                         int64_t last) {
   constexpr int64_t kChunk = kVecs * kLanes<float>;
-  const int64_t channels = blocks.channels();
+  const Winograd& s = branches[0].convolution;
+  const int64_t channels = blocks.channels(), block_size = s.out.pixels() * kChunk;
   for (int64_t task = first; task < last; ++task) {
-    const auto [image, images, group, begin, end] = branches[0].task(task, kChunk);
-    const int64_t channel = group * branches[0].outputs, block_step = M * branches[0].out.pixels() * kChunk;
+    const auto [image, images, group, begin, end] = s.task(task, kChunk);
+    const int64_t channel = group * s.outputs;
     float* const pooled = blocks.pooled + image * 2 * channels + channel;
     for (int64_t i = 0; i < 2 * images; ++i)
       for (int64_t c = begin; c < end; ++c) pooled[i * channels + c] = 0;
     for (int64_t m = 0; m < M; ++m) {
-      float* const z = blocks.z + (image * blocks.clusters + channel / kChunk) * block_step + m * branches[0].out.pixels() * kChunk;
-      convolve<kVecs>(branches[m], x, weights[m], image, images, group, begin, end, scratch,
-                      ToBlocks<kVecs, kAct>{
-                          {slope}, blocks.bias + m * channels + channel, z, pooled, blocks.clusters * block_step, block_step, channels});
+      const bool packed = m > 0 && branches[m].reads_as(branches[m - 1]) && s.planes >= images;
+      float* const z = blocks.z + ((image * blocks.clusters + channel / kChunk) * M + m) * block_size;
+      convolve<kVecs>(branches[m], packed, image, images, group, begin, end, scratch,
+                      ToBlocks<kVecs, kAct>{{slope},
+                                            blocks.bias + m * channels + channel,
+                                            z,
+                                            pooled,
+                                            blocks.clusters * M * block_size,
+                                            M * block_size,
+                                            channels});
     }
   }
 }
 
-// Tasks are (part of the batch, group, kVecs * L of its output channels). If there is one part its sums are the gradient;
-// else they go to partial (parts, groups * outputs / L, inputs * 9, L).
+// Tasks are (branch, part of the batch, `width` output channels of a group). If there is one part its sums are the gradient, and go to
+// the branch's `out`; else they go to partial (M, parts, groups * outputs / L, inputs * 9, L).
 template <class T, int kVecs>
-void weight_gradient_tasks(const Winograd& s, const T* x, const T* dy, float* partial, T* dweight, float* scratch, int64_t first,
-                           int64_t last) {
+void weight_gradient_tasks(const Branch<T>* branches, int64_t width, float* partial, float* scratch, int64_t first, int64_t last) {
   constexpr int64_t L = kLanes<float>, kChunk = kVecs * L;
-  const Plane inputs = s.plane(scratch, s.in, s.inputs), gradients = s.plane(scratch + s.plane_size(s.in, s.inputs), s.out, kChunk);
-  const int64_t v_step = position_step(s.span * s.inputs), d_step = position_step(s.span * kChunk),
-                du_step = position_step(s.inputs * kChunk);
-  float* const v = scratch + s.plane_size(s.in, s.inputs) + s.plane_size(s.out, kChunk);
-  float* const d = v + 16 * v_step;
-  float* const du = d + 16 * d_step;
-  const int64_t chunks = s.outputs / kChunk;
+  const int64_t tasks = branches[0].convolution.parts * branches[0].convolution.groups * branches[0].convolution.outputs / width;
   for (int64_t task = first; task < last; ++task) {
-    const int64_t channel = task % (s.groups * chunks) * kChunk, part = task / (s.groups * chunks), group = channel / s.outputs;
+    const Branch<T>& branch = branches[task / tasks];
+    const Winograd& s = branch.convolution;
+    const Plane inputs = s.plane(scratch, s.in, s.inputs), gradients = s.plane(scratch + s.plane_size(s.in, s.inputs), s.out, width);
+    const int64_t v_step = position_step(s.span * s.inputs), d_step = position_step(s.span * width),
+                  du_step = position_step(s.inputs * width), channels = s.groups * s.outputs;
+    float* const v = scratch + s.plane_size(s.in, s.inputs) + s.plane_size(s.out, width);
+    float* const d = v + 16 * v_step;
+    float* const du = d + 16 * d_step;
+    const int64_t part = task % tasks / (channels / width), channel = task % (channels / width) * width, group = channel / s.outputs;
     std::memset(du, 0, 16 * du_step * sizeof(float));
     const int64_t begin = part * s.B / s.parts, tiles = ((part + 1) * s.B / s.parts - begin) * s.tiles;
     for (TileOf at{s.tiles}; at.in_task < tiles;) {
       const int64_t count = tiles - at.in_task < s.span ? tiles - at.in_task : s.span;
       for (int64_t t = 0; t < count; ++t, at += 1) {
         if (at.tile == 0) {
-          pack(x + s.in.offset(begin + at.image, s.first_input + group * s.inputs), s.in, s.inputs, inputs);
-          pack(dy + s.out.offset(begin + at.image, channel), s.out, kChunk, gradients);
+          pack(branch.x + s.in.offset(begin + at.image, s.first_input + group * s.inputs), s.in, s.inputs, inputs);
+          branch.pack_gradient(*branch.gradient, branch.m, s.out, begin + at.image, channel, gradients);
         }
         const Tile& tile = s.tile[at.tile];
         const int64_t rows = s.dilation * inputs.columns, columns = s.dilation;
         transform_inputs(inputs.row(tile.row - columns) + (tile.column - columns) * s.inputs, rows * s.inputs, columns * s.inputs, s.inputs,
                          v + t * s.inputs, v_step);
-        transform_gradients(gradients.row(tile.row) + tile.column * kChunk, rows * kChunk, columns * kChunk, kChunk, d + t * kChunk,
-                            d_step);
+        transform_gradients(gradients.row(tile.row) + tile.column * width, rows * width, columns * width, width, d + t * width, d_step);
       }
       for (int64_t position = 0; position < 16; ++position)
-        for (int64_t i = 0; i < s.inputs; i += kTransposedRows)
-          multiply_transposed<kTransposedRows, kVecs>(v + position * v_step + i, d + position * d_step, count, s.inputs,
-                                                      du + position * du_step + i * kChunk);
+        for (int64_t c = 0; c < width; c += kChunk)
+          for (int64_t i = 0; i < s.inputs; i += kTransposedRows)
+            multiply_transposed<kTransposedRows, kVecs>(v + position * v_step + i, d + position * d_step + c, count, s.inputs, width,
+                                                        du + position * du_step + c * s.inputs + i * kChunk);
     }
     const int64_t row = s.inputs * 9;
-    for (int j = 0; j < kVecs; ++j) {
+    for (int64_t c = 0; c < width; c += L) {
       // The transformed inputs have done their service.
-      float* const sums = s.parts == 1 ? v : partial + (part * s.groups * s.outputs + channel + j * L) * row;
-      transform_weight_gradients(du + j * L, s.inputs, kChunk, du_step, sums);
-      if (s.parts == 1) unpack(sums, L, dweight + (channel + j * L) * row, Picture{L, 1, row, false}, L);
+      float* const sums = s.parts == 1 ? v : partial + ((branch.m * s.parts + part) * channels + channel + c) * row;
+      transform_weight_gradients(du + c / kChunk * kChunk * s.inputs + c % kChunk, s.inputs, kChunk, du_step, sums);
+      if (s.parts == 1) unpack(sums, L, branch.out + (channel + c) * row, Picture{L, 1, row, false}, L);
     }
   }
 }
@@ -410,8 +434,9 @@ struct Winograd {
   // Tiles of an image.
   const Tile* tile;
   int64_t tiles;
-  // Tiles that are transformed at a time; images of a task; parts of the output channels, or of the batch.
-  int64_t span, images, parts;
+  // Tiles that are transformed at a time; chunks of output channels whose transformed weights are kept; images of a task, and how
+  // many of them have a plane of their own; parts of the output channels, or of the batch.
+  int64_t span, kept, images, planes, parts;
   // What transform_weights reads.
   int64_t channel_step, tap_step;
 
@@ -422,10 +447,10 @@ struct Winograd {
     return {data + halo * plane_columns(p) * channels, plane_columns(p), halo, 1, p.H, p.W, channels};
   }
 
-  // A plane; the transformed inputs, weights and outputs of `chunk` channels; and such weights before.
+  // The planes; the transformed inputs, weights and outputs of `chunk` channels; and such weights before.
   int64_t scratch_size(int64_t chunk) const {
-    return plane_size(in, inputs) +
-           16 * (position_step(span * inputs) + position_step(inputs * chunk) + position_step(kTilesOfProduct * chunk)) +
+    return planes * plane_size(in, inputs) +
+           16 * (position_step(span * inputs) + kept * position_step(inputs * chunk) + position_step(kTilesOfProduct * chunk)) +
            inputs * 9 * chunk;
   }
 
@@ -438,6 +463,19 @@ struct Winograd {
     return {image, std::min(images, B - image), i / parts % groups, chunk_of(part, chunk), chunk_of(part + 1, chunk)};
   }
   int64_t chunk_of(int64_t part, int64_t chunk) const { return part * (outputs / chunk) / parts * chunk; }
+};
+
+// What is convolved, and where that goes: x, or the gradient of branch m.
+template <class T> struct Branch {
+  Winograd convolution;
+  const T* x;
+  WeightRows<T> weights;
+  T* out;
+  const Gradient<T>* gradient = nullptr;
+  void (*pack_gradient)(const Gradient<T>&, int64_t m, const Picture&, int64_t b, int64_t c, const Plane&) = nullptr;
+  int64_t m = 0;
+  bool reads_as(const Branch& other) const { return !gradient && x == other.x && convolution.first_input == other.convolution.first_input; }
+  bool writes_as(const Branch& other) const { return out == other.out && convolution.first_output == other.convolution.first_output; }
 };
 
 }  // namespace sk
@@ -468,10 +506,17 @@ constexpr int64_t kTilesOfWeights = 128;
 // Channels of outputs that are multiplied at a time: two vectors where they fill them.
 static int64_t chunk_of(int64_t outputs) { return outputs % (2 * SK_PICK(lanes)()) == 0 ? 2 * SK_PICK(lanes)() : SK_PICK(lanes)(); }
 
-// Tiles whose transformed inputs are kept at a time: half a MiB of them, unless that is too few to transform weights for. Where
-// the transformed weights of a whole group are kept, they serve all tiles, and those of one product stay in first-level cache.
-static int64_t span_of(const Winograd& w) {
-  return w.outputs == chunk_of(w.outputs) ? SK_PICK(rows_of_product)() : std::max<int64_t>(kTilesOfWeights, 8192 / w.inputs);
+// Of second-level cache, what the transformed weights of a group may take.
+constexpr int64_t kWeightsBytes = 64 << 10;
+
+// Where the transformed weights of a whole group fit they are kept, and serve all tiles, of which those of one product are transformed
+// at a time. Else the transformed inputs are kept, half a MiB of them, unless that is too few to transform weights for.
+static void choose_what_is_kept(Winograd& w) {
+  const int64_t chunks = w.outputs / chunk_of(w.outputs), bytes = 16 * w.inputs * w.outputs * 4;
+  w.kept = bytes <= kWeightsBytes ? chunks : 1;
+  if (chunks == 1) w.span = SK_PICK(rows_of_product)();
+  else if (w.kept == chunks) w.span = kTilesOfProduct;
+  else w.span = std::max<int64_t>(kTilesOfWeights, 8192 / w.inputs);
 }
 
 static Winograd winograd_of(const Convolutions& s, int64_t m, const std::vector<Tile>& tiles) {
@@ -487,43 +532,72 @@ static Winograd winograd_of(const Convolutions& s, int64_t m, const std::vector<
              .halo = s.halo};
   w.tile = tiles.data();
   w.tiles = tiles.size();
-  w.images = std::clamp<int64_t>((kTilesOfWeights + w.tiles - 1) / w.tiles, 1, w.B);
-  w.span = span_of(w);
+  choose_what_is_kept(w);
   w.channel_step = s.channel_step;
   w.tap_step = s.tap_step;
   return w;
 }
 
-// As many tasks for each thread, if there are several; if there are few, a task has only some of the output channels, though
-// each of these parts transforms the inputs anew.
-static void cut(Winograd& w, int64_t chunk) {
+// Of second-level cache, what the planes of a task may take.
+constexpr int64_t kPlanesBytes = 256 << 10;
+
+// Cuts the branches into the same tasks: as many for each thread, if there are several; if there are few, a task has only some of the
+// output channels, though each of these parts transforms the inputs anew.
+template <class T> static void cut(std::vector<Branch<T>>& branches, int64_t chunk) {
+  const Winograd& first = branches[0].convolution;
   const int64_t threads = at::get_num_threads();
-  int64_t image_groups = (w.B + w.images - 1) / w.images;
-  if (image_groups > 1) image_groups = std::min(w.B, (image_groups + threads - 1) / threads * threads);
-  w.images = (w.B + image_groups - 1) / image_groups;
-  w.parts = 1;
-  const int64_t tasks = w.tasks();
-  if (tasks < 4 * threads) w.parts = std::min(threads / std::gcd(tasks, threads), w.outputs / chunk);
-  w.span = std::min(w.span, w.images * w.tiles);
+  const int64_t together = std::clamp<int64_t>((kTilesOfWeights + first.tiles - 1) / first.tiles, 1, first.B);
+  int64_t image_groups = (first.B + together - 1) / together;
+  if (image_groups > 1) image_groups = std::min(first.B, (image_groups + threads - 1) / threads * threads);
+  const int64_t images = (first.B + image_groups - 1) / image_groups, bytes = images * first.plane_size(first.in, first.inputs) * 4;
+  for (auto& branch : branches) {
+    Winograd& w = branch.convolution;
+    w.images = images;
+    w.planes = bytes <= kPlanesBytes ? images : 1;
+    w.parts = 1;
+    const int64_t tasks = w.tasks();
+    if (tasks < 4 * threads) w.parts = std::min(threads / std::gcd(tasks, threads), w.outputs / chunk);
+    w.span = std::min(w.span, images * w.tiles);
+  }
 }
 
-template <class T> static void convolve(Winograd w, const T* x, const WeightRows<T>& weights, bool add, T* out) {
-  const int64_t chunk = chunk_of(w.outputs);
-  cut(w, chunk);
+// kernel(scratch, first, last) on the tasks of `branches`, of which each has scratch of this size at most, and `more` behind it.
+template <class T, class F> static void on_tasks(const std::vector<Branch<T>>& branches, int64_t chunk, int64_t more, const F& kernel) {
+  const Winograd& w = branches[0].convolution;
+  int64_t size = 0;
+  for (const auto& branch : branches) size = std::max(size, branch.convolution.scratch_size(chunk));
+  parallel_tasks(w.tasks(), w.planes * w.plane_size(w.in, w.inputs), size + more,
+                 [&](float* scratch, int64_t first, int64_t last) { kernel(scratch, size, first, last); });
+}
+
+template <class T> static void convolve(std::vector<Branch<T>> branches) {
+  const int64_t chunk = chunk_of(branches[0].convolution.outputs);
+  cut(branches, chunk);
+  const Winograd& w = branches[0].convolution;
   const int64_t most_channels = (w.outputs / chunk + w.parts - 1) / w.parts * chunk;
   const int64_t picture = w.out.channels_last ? 0 : w.images * w.out.pixels() * most_channels;
   const auto kernel = chunk == SK_PICK(lanes)() ? SK_PICK(convolve_tasks<T, 1>) : SK_PICK(convolve_tasks<T, 2>);
-  parallel_tasks(w.tasks(), w.plane_size(w.in, w.inputs), w.scratch_size(chunk) + picture,
-                 [&](float* scratch, int64_t first, int64_t last) { kernel(w, x, weights, add, out, scratch, first, last); });
+  on_tasks(branches, chunk, picture, [&](float* scratch, int64_t size, int64_t first, int64_t last) {
+    kernel(branches.data(), branches.size(), scratch, size, first, last);
+  });
+}
+
+using Tiles = std::vector<std::vector<Tile>>;
+
+static Tiles tiles_of(const Convolutions& s) {
+  Tiles tiles;
+  for (int64_t m = 0; m < s.M; ++m) tiles.push_back(tiles_of(s.out, s.dilation[m]));
+  return tiles;
 }
 
 void branch_winograd(const Convolutions& s, const Tensor& x, TensorList weights, TensorList ys) {
+  const Tiles tiles = tiles_of(s);
   dispatch_convolution(x.scalar_type(), [&]<class T>() {
-    for (int64_t m = 0; m < s.M; ++m) {
-      const std::vector<Tile> tiles = tiles_of(s.out, s.dilation[m]);
-      const WeightRows<T> rows{weights[m].const_data_ptr<T>(), nullptr, nullptr};
-      convolve(winograd_of(s, m, tiles), x.const_data_ptr<T>(), rows, false, ys[m].data_ptr<T>());
-    }
+    std::vector<Branch<T>> branches;
+    for (int64_t m = 0; m < s.M; ++m)
+      branches.push_back(
+          {winograd_of(s, m, tiles[m]), x.const_data_ptr<T>(), {weights[m].const_data_ptr<T>(), nullptr, nullptr}, ys[m].data_ptr<T>()});
+    convolve(std::move(branches));
   });
 }
 
@@ -531,68 +605,86 @@ int64_t cluster_of_winograd(const Convolutions& s) { return chunk_of(s.outputs);
 
 void unit_branches_winograd(const Convolutions& s, const Tensor& x, TensorList weights, const float* scale, const Blocks& blocks,
                             c10::string_view activation, double negative_slope) {
-  std::vector<std::vector<Tile> > tiles;
-  std::vector<Winograd> branches;
-  int64_t scratch_size = 0;
-  for (int64_t m = 0; m < s.M; ++m) {
-    tiles.push_back(tiles_of(s.out, s.dilation[m]));
-    branches.push_back(winograd_of(s, m, tiles.back()));
-    branches[m].images = branches[0].images;
-    cut(branches[m], blocks.cluster);
-    scratch_size = std::max(scratch_size, branches[m].scratch_size(blocks.cluster));
-  }
+  const Tiles tiles = tiles_of(s);
   dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
     if constexpr (!std::is_same_v<T, double>) {
-      std::vector<WeightRows<T> > rows;
-      for (int64_t m = 0; m < s.M; ++m) rows.push_back({weights[m].const_data_ptr<T>(), nullptr, scale + m * s.out.C});
+      std::vector<Branch<T>> branches;
+      for (int64_t m = 0; m < s.M; ++m)
+        branches.push_back(
+            {winograd_of(s, m, tiles[m]), x.const_data_ptr<T>(), {weights[m].const_data_ptr<T>(), nullptr, scale + m * s.out.C}, nullptr});
+      cut(branches, blocks.cluster);
       const auto kernel =
           blocks.cluster == SK_PICK(lanes)() ? SK_PICK(unit_branches_tasks<T, 1, kAct>) : SK_PICK(unit_branches_tasks<T, 2, kAct>);
-      parallel_tasks(branches[0].tasks(), branches[0].plane_size(s.in, s.inputs), scratch_size,
-                     [&](float* scratch, int64_t first, int64_t last) {
-                       kernel(branches.data(), rows.data(), s.M, blocks, static_cast<float>(negative_slope), x.const_data_ptr<T>(), scratch,
-                              first, last);
-                     });
+      on_tasks(branches, blocks.cluster, 0, [&](float* scratch, int64_t, int64_t first, int64_t last) {
+        kernel(branches.data(), s.M, blocks, static_cast<float>(negative_slope), scratch, first, last);
+      });
     }
   });
 }
 
-void branch_winograd_backward(const Convolutions& s, const Tensor& x, TensorList weights, TensorList dys, const Tensor& dx,
-                              TensorList dweights) {
-  const int64_t L = SK_PICK(lanes)();
-  dispatch_convolution(x.scalar_type(), [&]<class T>() {
-    for (int64_t m = 0; m < s.M; ++m) {
-      const std::vector<Tile> tiles = tiles_of(s.out, s.dilation[m]);
-      Winograd w = winograd_of(s, m, tiles);
-      if (dx.numel()) {
-        Winograd back = w;
-        std::swap(back.in, back.out);
-        std::swap(back.inputs, back.outputs);
-        std::swap(back.first_input, back.first_output);
-        back.span = span_of(back);
-        back.channel_step = 9;
-        back.tap_step = 1;
-        const Tensor turned = at::empty({s.branch_inputs() * s.outputs * 9}, at::kFloat);
-        turn_weights(s, weights[m].const_data_ptr<T>(), turned.data_ptr<float>());
-        const WeightRows<T> packed{nullptr, turned.const_data_ptr<float>(), nullptr};
-        convolve(back, dys[m].const_data_ptr<T>(), packed, m > 0 && !s.split, dx.data_ptr<T>());
-      }
-      if (dweights.empty()) continue;
+// Of branches whose gradients are to be packed.
+template <class T> static void input_gradient(const Convolutions& s, std::vector<Branch<T>> branches, TensorList weights, const Tensor& dx) {
+  const Tensor turned = at::empty({s.M, s.branch_inputs() * s.outputs * 9}, at::kFloat);
+  for (auto& branch : branches) {
+    const int64_t m = branch.m;
+    float* const to = turned[m].data_ptr<float>();
+    turn_weights(s, weights[m].const_data_ptr<T>(), to);
+    Winograd& back = branch.convolution;
+    std::swap(back.in, back.out);
+    std::swap(back.inputs, back.outputs);
+    std::swap(back.first_input, back.first_output);
+    choose_what_is_kept(back);
+    back.channel_step = 9;
+    back.tap_step = 1;
+    branch.weights = {nullptr, to, nullptr};
+    branch.out = dx.data_ptr<T>();
+  }
+  convolve(std::move(branches));
+}
 
-      // A quarter of a MiB of transformed inputs, since their gradients are to be kept too.
-      w.span = clamp<64>(std::max<int64_t>(32, 4096 / w.inputs));
-      const int64_t chunk = chunk_of(w.outputs), chunks = w.groups * w.outputs / chunk;
-      // Parts of the batch are summed apart, where there are too few chunks for many threads, or many images.
-      w.parts = std::clamp<int64_t>(std::max((16 + chunks - 1) / chunks, (s.B + 31) / 32), 1, s.B);
-      const Tensor partial = at::empty({w.parts == 1 ? 0 : w.parts, w.groups * w.outputs * s.row()}, at::kFloat);
-      const int64_t margins = w.plane_size(w.in, w.inputs) + w.plane_size(w.out, chunk);
-      const int64_t scratch_size =
-          margins + 16 * (position_step(w.span * w.inputs) + position_step(w.span * chunk) + position_step(w.inputs * chunk));
-      const auto kernel = chunk == L ? SK_PICK(weight_gradient_tasks<T, 1>) : SK_PICK(weight_gradient_tasks<T, 2>);
-      parallel_tasks(w.parts * chunks, margins, scratch_size, [&](float* scratch, int64_t first, int64_t last) {
-        kernel(w, x.const_data_ptr<T>(), dys[m].const_data_ptr<T>(), partial.data_ptr<float>(), dweights[m].data_ptr<T>(), scratch, first,
-               last);
-      });
-      if (w.parts > 1) sum_weight_gradients(s, partial.const_data_ptr<float>(), partial.stride(0), w.parts, dweights[m]);
+template <class T> static void weight_gradients(const Convolutions& s, std::vector<Branch<T>> branches, const Tensor& x, TensorList dweights) {
+  const int64_t chunk = chunk_of(s.outputs);
+  // As many chunks of a group at a time as have sums of 64 KiB at most.
+  int64_t width = chunk;
+  while (s.outputs % (2 * width) == 0 && 16 * s.inputs * 2 * width <= (64 << 10) / 4) width *= 2;
+  const int64_t tasks = s.M * s.groups * s.outputs / width;
+  // Parts of the batch are summed apart, where there are too few tasks for many threads, or many images.
+  const int64_t parts = std::clamp<int64_t>(std::max((32 + tasks - 1) / tasks, (s.B + 31) / 32), 1, s.B);
+  for (auto& branch : branches) {
+    // A quarter of a MiB of transformed inputs, since their gradients are to be kept too.
+    const int64_t m = branch.m;
+    branch.convolution.span = clamp<64>(std::max<int64_t>(32, 4096 / s.inputs));
+    branch.convolution.parts = parts;
+    branch.x = x.const_data_ptr<T>();
+    branch.out = dweights[m].data_ptr<T>();
+  }
+  const Tensor partial = at::empty({s.M, parts == 1 ? 0 : parts, s.groups * s.outputs * s.row()}, at::kFloat);
+  const Winograd& w = branches[0].convolution;
+  const int64_t margins = w.plane_size(w.in, w.inputs) + w.plane_size(w.out, width);
+  const int64_t scratch_size =
+      margins + 16 * (position_step(w.span * w.inputs) + position_step(w.span * width) + position_step(w.inputs * width));
+  const auto kernel = chunk == SK_PICK(lanes)() ? SK_PICK(weight_gradient_tasks<T, 1>) : SK_PICK(weight_gradient_tasks<T, 2>);
+  parallel_tasks(parts * tasks, margins, scratch_size, [&](float* scratch, int64_t first, int64_t last) {
+    kernel(branches.data(), width, partial.data_ptr<float>(), scratch, first, last);
+  });
+  for (int64_t m = 0; m < s.M && parts > 1; ++m)
+    sum_weight_gradients(s, partial[m].const_data_ptr<float>(), partial.stride(1), parts, dweights[m]);
+}
+
+void branch_winograd_backward(const Convolutions& s, const Tensor& g, const Tensor& x, TensorList weights, TensorList ys,
+                              const Tensor& mean, const Tensor& scale, const Tensor& bias, const Tensor& a, const Tensor& t,
+                              const Tensor& p, const Tensor& q, c10::string_view activation, double negative_slope, const Tensor& dx,
+                              TensorList dweights) {
+  const Tiles tiles = tiles_of(s);
+  dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
+    if constexpr (!std::is_same_v<T, double>) {
+      const Branches<T> operands(ys, mean, scale, bias, negative_slope);
+      const Gradient<T> gradient(operands, g, a, t, p, q);
+      std::vector<Branch<T>> branches;
+      for (int64_t m = 0; m < s.M; ++m)
+        branches.push_back({winograd_of(s, m, tiles[m]), nullptr, {}, nullptr, &gradient, SK_PICK(pack_gradient<T, kAct>), m});
+      if (dx.numel()) input_gradient(s, branches, weights, dx);
+      if (!dweights.empty()) weight_gradients(s, branches, x, dweights);
     }
   });
 }

@@ -28,6 +28,22 @@ struct Plane {
   int64_t size() const { return height * columns * channels; }
 };
 
+// The operands of select_backward, whose results are packed at once where convolutions are the package's own.
+template <class T> struct Gradient {
+  const Branches<T>& branches;
+  const T* g;
+  const float *a, *t, *p, *q;
+
+  Gradient(const Branches<T>& branches, const at::Tensor& g, const at::Tensor& a, const at::Tensor& t, const at::Tensor& p,
+           const at::Tensor& q)
+      : branches(branches),
+        g(g.const_data_ptr<T>()),
+        a(a.const_data_ptr<float>()),
+        t(t.const_data_ptr<float>()),
+        p(p.const_data_ptr<float>()),
+        q(q.const_data_ptr<float>()) {}
+};
+
 }  // namespace sk
 
 #endif
@@ -109,6 +125,32 @@ template <class T> SK_INLINE void pack(const T* image, const Picture& s, int64_t
       for (int i = 0; i < pixels; ++i) store(walk.next() + k, v[i]);
     }
     start = walk;
+  }
+}
+
+// The gradient of branch m, of the picture `s`, image b: its channels from c on into a plane.
+template <class T, Activation kAct>
+void pack_gradient(const Gradient<T>& d, int64_t m, const Picture& s, int64_t b, int64_t c, const Plane& to) {
+  constexpr int64_t L = kLanes<float>;
+  const Branches<T>& v = d.branches;
+  const Act<float, kAct> act{v.slope};
+  for (int64_t k = 0; k < to.channels; k += L) {
+    const int64_t lanes = clamp<L>(s.C - c - k), at = m * s.C + c + k, from = s.offset(b, c + k);
+    const Vec<float> mean = load_some(v.mean + at, lanes), scale = load_some(v.scale + at, lanes), bias = load_some(v.bias + at, lanes);
+    const Vec<float> p = load_some(d.p + at, lanes), q = load_some(d.q + at, lanes);
+    const Vec<float> a = load_some(d.a + b * v.M * s.C + at, lanes), t = load_some(d.t + b * s.C + c + k, lanes);
+    Walk walk(to);
+    for (int64_t pixel = 0; pixel < s.pixels(); pixel += L) {
+      const int64_t pixels = clamp<L>(s.pixels() - pixel);
+      Vec<float> y[L], g[L];
+      load_pixels(v.y[m] + from, s, pixel, pixels, lanes, y);
+      load_pixels(d.g + from, s, pixel, pixels, lanes, g);
+      for (int i = 0; i < pixels; ++i) {
+        const Vec<float> centred = y[i] - mean;
+        const Vec<float> dz = act.gate(centred * scale + bias, a * g[i] + t);
+        store(walk.next() + k, scale * dz - p - centred * q);
+      }
+    }
   }
 }
 
