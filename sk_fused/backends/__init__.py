@@ -21,7 +21,7 @@ _said: set[str] = set()
 class use_backend:
     """Forces the backend `name`, one of `BACKENDS`; None goes back to the automatic choice.
 
-    Holds from the call on, or, as a context manager, inside the `with`. A forced backend that cannot take a call raises
+    Holds from the call on, or, as a context manager, inside the `with`, for all threads. A forced backend that cannot take a call raises
     a RuntimeError that says why.
 
     Raises:
@@ -32,10 +32,11 @@ class use_backend:
         global _forced
         if name is not None and name not in BACKENDS:
             raise ValueError(f"name: expected None or one of {', '.join(BACKENDS)}, got {name!r}")
-        self._before, _forced = _forced, name
+        self._name, self._before, _forced = name, _forced, name
 
     def __enter__(self) -> None:
-        pass
+        global _forced
+        _forced = self._name
 
     def __exit__(self, *_) -> None:
         global _forced
