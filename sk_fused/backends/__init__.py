@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import native, reference, triton
+from .fake import constant
 
 # In the order in which they are tried: a call of the native kernels takes less of the host's time than one of Triton's.
 BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton, "reference": reference}
@@ -55,7 +56,7 @@ def only_pytorch() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _transformed() -> bool:
     """By torch.func; under torch.compile, as it compiles, which is done for each transform anew."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
@@ -80,7 +81,7 @@ def choose(branches: Sequence[Tensor]) -> ModuleType:
     return backend
 
 
-@torch.compiler.assume_constant_result
+@constant
 def warn_once(sentence: str) -> None:
     """A RuntimeWarning, the first time that this sentence comes up in the process; under torch.compile, as it compiles."""
     if sentence not in _said:
