@@ -134,14 +134,16 @@ def interleaved(contenders: Mapping, seconds: float, device: torch.device, min_r
     gc.disable()
     end = time.perf_counter() + seconds
     rounds = 0
-    while rounds < min_rounds or time.perf_counter() < end:
-        for name, run in contenders.items():
-            if rest:
-                time.sleep(rest)
-                run()
-            times[name].append(measure(run))
-        rounds += 1
-    gc.enable()
+    try:
+        while rounds < min_rounds or time.perf_counter() < end:
+            for name, run in contenders.items():
+                if rest:
+                    time.sleep(rest)
+                    run()
+                times[name].append(measure(run))
+            rounds += 1
+    finally:
+        gc.enable()
     return times
 
 
@@ -382,6 +384,8 @@ def command(benchmark: Benchmark, argv: Sequence[str] | None = None) -> Path:
     parser, arguments = command_line(benchmark, argv)
     settings = {name: _plain(value) for name, value in vars(arguments).items() if name != "results"}
     keep_memory()
+    # Of what is measured, not of what has been edited meanwhile.
+    measured = environment(arguments.device)
     arguments.ceilings = ceilings(arguments.device, arguments.precision)
     rows: list[dict] = []
     failure = None
@@ -391,7 +395,7 @@ def command(benchmark: Benchmark, argv: Sequence[str] | None = None) -> Path:
         failure = None if isinstance(error, KeyboardInterrupt) else error
         console.print(f"{type(error).__name__}: the {len(rows)} rows measured so far are kept")
         settings["interrupted"] = f"{type(error).__name__}: {error}".split("\n")[0] if failure else True
-    result = {"environment": environment(arguments.device), "settings": settings, "ceilings": arguments.ceilings, "rows": rows}
+    result = {"environment": measured, "settings": settings, "ceilings": arguments.ceilings, "rows": rows}
     # What is not the usual run is kept apart.
     unusual = {
         f"-batch-{arguments.batch}": arguments.batch != parser.get_default("batch"),

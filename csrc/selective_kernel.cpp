@@ -5,6 +5,7 @@
 
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 
 #include "cpu/operators.h"
 
@@ -112,7 +113,9 @@ struct Made {
 
 Tensor unbiased(const Tensor& var, int64_t count) { return var * (static_cast<double>(count) / static_cast<double>(count - 1)); }
 
+// Here and in the backward the operators are called below autograd, whose answer would be that they have no derivative.
 Made forward(const Call& call, const Statistics& running, TensorList all, bool needs_grad) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const Leaves leaves(all, call.M);
   const auto& op = operators();
   const auto& [act, slope] = call.act;
@@ -210,7 +213,6 @@ variable_list differentiable(const Call& call, const Tensor& g, TensorList leave
 struct SelectiveKernel : torch::autograd::Function<SelectiveKernel> {
   static variable_list forward(AutogradContext* ctx, const c10::intrusive_ptr<Call>& call, const Statistics& running,
                                std::vector<Tensor>* moments, const variable_list& leaves, TensorList edges) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
     Made made = sk::forward(*call, running, leaves, true);
     *moments = std::move(made.moments);
     variable_list& saved = made.kept;
@@ -230,9 +232,12 @@ struct SelectiveKernel : torch::autograd::Function<SelectiveKernel> {
     std::vector<bool> needs;
     size_t edges = 0;
     for (const Tensor& leaf : leaves) needs.push_back(leaf.defined() && ctx->needs_input_grad(edges++));
-    const variable_list of_leaves = at::GradMode::is_enabled() ? differentiable(*call, grads[0], leaves, needs)
-                                                               : sk::backward(*call, grads[0], all.slice(0, kept), leaves,
-                                                                              all.slice(kept + leaves.size()).vec(), needs);
+    const bool differentiates = at::GradMode::is_enabled();
+    TORCH_CHECK_NOT_IMPLEMENTED(differentiates || !torch::autograd::isFwGradDefined(grads[0]),
+                                "selective_kernel: its backward has no forward-mode derivative");
+    const variable_list of_leaves =
+        differentiates ? differentiable(*call, grads[0], leaves, needs)
+                       : sk::backward(*call, grads[0], all.slice(0, kept), leaves, all.slice(kept + leaves.size()).vec(), needs);
     // Of the call, the running statistics, the moments and the leaves as such there are none.
     variable_list gradients(4);
     for (size_t i = 0; i < leaves.size(); ++i)
@@ -275,7 +280,6 @@ std::vector<Tensor> selective_kernel(py::object differentiable, std::optional<Co
     outputs.insert(outputs.end(), moments.begin(), moments.end());
     return outputs;
   }
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
   Made made = forward(*call, running, leaves, false);
   made.moments.insert(made.moments.begin(), made.v);
   return made.moments;

@@ -61,7 +61,8 @@ def unfuse(model: nn.Module) -> Report:
             # The branches, where timm had not made them; or torch's converter, which leaves an activation inside that only a fused
             # unit finds there.
             for module in unit.paths.modules():
-                if type(module) in timm_classes:
+                # The activation of a branch whose norm was frozen is known to our class alone.
+                if type(module) in timm_classes and not (type(module) is modules.ConvNormAct and "act" not in module.bn._modules):
                     module.__class__ = timm_classes[type(module)]
     return _convert(model, {fused: timm for timm, fused in _timm_to_fused().items()}, {})
 
@@ -94,7 +95,7 @@ def _convert(model: nn.Module, new_class: dict[type[nn.Module], type[nn.Module]]
             continue
         reason = None
         if type(module) not in known:
-            reason = f"{type(module).__name__} is a subclass of {type(module).__mro__[1].__name__}"
+            reason = f"{type(module).__name__} is a subclass of {next(cls.__name__ for cls in known if isinstance(module, cls))}"
         elif new_class.get(type(module)) is FusedSelectiveKernel and type(module.attn) not in known:
             reason = f"attn is a {type(module.attn).__name__}"
         elif type(module) in new_class:
@@ -105,7 +106,7 @@ def _convert(model: nn.Module, new_class: dict[type[nn.Module], type[nn.Module]]
     fused = *fused, *FAMILIES.values()
     for name, module, _ in units:
         for part in (module, getattr(module, "attn", None)):
-            if type(part) in fused:
+            if isinstance(part, fused):
                 part.name_in_model = name
             elif part is not None:
                 part.__dict__.pop("name_in_model", None)
@@ -113,8 +114,9 @@ def _convert(model: nn.Module, new_class: dict[type[nn.Module], type[nn.Module]]
 
 
 def _unit(name: str, module: nn.Module, reason: str | None) -> Unit:
-    if type(module) is FusedSelectiveKernel:
-        return Unit(name, module._why_not_attn() is None, reason or module.why_not())
+    if isinstance(module, FusedSelectiveKernel) and type(module).forward is FusedSelectiveKernel.forward:
+        # FSDP's, too, is a subclass.
+        return Unit(name, module._why_not_attn() is None, module.why_not())
     if isinstance(module, (FusedSelectiveKernelAttn, Family)):
         reason = reason or module.why_not()
         return Unit(name, reason is None, reason)

@@ -69,6 +69,8 @@ class Family(nn.Module):
             args = tuple(inspect.signature(self.unfused_class.forward).bind(self, *args, **kwargs).arguments.values())[1:]
         (x,) = args
         tensors = [x] if isinstance(x, (Tensor, fx.Proxy)) else [*x]
+        if not tensors:
+            raise ValueError(f"expected at least one tensor, got {x!r}")
         if isinstance(tensors[0], fx.Proxy):
             return leaf(self, x)
         reason = self.why_not()
@@ -86,8 +88,9 @@ def adopt(module: nn.Module, family: type[Family]) -> None:
 
 
 def give_back(module: Family) -> None:
-    """It becomes the project's again."""
-    module.__class__ = module.__dict__.pop("unfused_class")
+    """It becomes the project's again, unless its class has become another's, as FSDP makes it."""
+    if type(module) in FAMILIES.values():
+        module.__class__ = module.__dict__.pop("unfused_class")
 
 
 class FusedSKFF(Family):

@@ -48,8 +48,9 @@ class BatchNorm(NamedTuple):
     def check(self, name: str, shape: Sequence[int], device: torch.device) -> None:
         """Raises a ValueError if the vectors do not fit a batch of this shape; F.batch_norm's if it has no variance."""
         length = shape[1:2]
-        for field, vector in zip(self._fields, self[:4]):
+        for vector in self[:4]:
             if vector is not None and (vector.shape != length or vector.device != device):
+                field = next(field for field, value in zip(self._fields, self) if value is vector)
                 raise ValueError(f"{name}: expected {field} of shape {tuple(length)} on {device}, got {tuple(vector.shape)} on {vector.device}")
         if (self.running_mean is None) != (self.running_var is None) or self.running_mean is None and not self.training:
             missing = [field for field in ("running_mean", "running_var") if getattr(self, field) is None]
@@ -102,7 +103,7 @@ def _factors(factors: list[float | Tensor], vectors: Sequence[Tensor]) -> list[f
 
 def why_not_together(norms: Sequence[BatchNorm]) -> str | None:
     """The reason why these batch-norms of the branches cannot go through one pass, or None."""
-    for norm in norms:
+    for norm in norms[1:]:
         if (norm.training, norm.eps, norm.group) != (norms[0].training, norms[0].eps, norms[0].group):
             modes = ", ".join(f"training={norm.training} with eps={norm.eps}{'' if norm.group is None else ', synchronised'}" for norm in norms)
             return f"the branches' batch-norms differ: {modes}"
@@ -207,9 +208,10 @@ def _unit(backend, tensors, convolution, shape, norms, fc_reduce, attn_norm, fc_
     """Of branches of this shape: the `tensors`, or, with a convolution (stride, dilations, groups), made from these: x and
     the weights."""
     _check_attn_act(attn_act, select_bias, fc_select, tensors[0])
+    device = tensors[0].device
     for norm in norms:
-        norm.check("norms", shape, tensors[0].device)
-    attn_norm.check("attn_norm", (shape[0], fc_reduce.shape[0], 1, 1), tensors[0].device)
+        norm.check("norms", shape, device)
+    attn_norm.check("attn_norm", (shape[0], fc_reduce.shape[0], 1, 1), device)
     call = convolution, act, attn_act, tuple(norms), attn_norm
     leaves = (
         fc_reduce,
@@ -222,7 +224,7 @@ def _unit(backend, tensors, convolution, shape, norms, fc_reduce, attn_norm, fc_
         *tensors,
     )
     if backend is native and not torch.compiler.is_compiling() and norms[0].group is None and attn_norm.group is None:
-        differentiable = functools.partial(_differentiable, _SelectiveKernel, call, [*norms, attn_norm])
+        differentiable = functools.partial(_differentiable, _SelectiveKernel, call, [*norms, attn_norm]) if torch.is_grad_enabled() else None
         v, *moments = native.selective_kernel(differentiable, *call, *leaves)
     else:
         v, *moments = _apply(_SelectiveKernel, backend, *call, *leaves)

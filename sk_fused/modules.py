@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional
-from .backends import warn_once
+from .backends import only_pytorch, warn_once
 
 
 def _timm_twin(module: nn.Module) -> nn.Module:
@@ -63,7 +63,7 @@ class FusedSelectiveKernel(nn.Module):
         in_channels: channels of the input.
         out_channels: channels of every branch and of the output; None: `in_channels`.
         kernel_size: one odd number ≥ 3 for two such branches, or a list with one for each branch; None: [3, 5].
-        stride: stride of the branches.
+        stride: stride of the branches, one number or two.
         dilation: dilation of the unit, to which each branch's own is applied.
         groups: groups of the branches' convolutions, at most `out_channels`.
         rd_ratio: D = out_channels · rd_ratio, the attention's reduced channels, rounded to `rd_divisor`.
@@ -131,7 +131,7 @@ class FusedSelectiveKernel(nn.Module):
             device=device,
             dtype=dtype,
         )
-        ConvNormAct = _conv_norm_act(act_layer, norm_layer, aa_layer if stride > 1 else None)
+        ConvNormAct = _conv_norm_act(act_layer, norm_layer, aa_layer if aa_layer is not None and stride > 1 else None)
         if device is None and dtype is None:
             # Older versions of timm do not know them.
             del branch["device"], branch["dtype"]
@@ -191,7 +191,7 @@ class FusedSelectiveKernel(nn.Module):
                 warn_once(f"sk_fused runs {_called(self)} unfused: {reason}")
             u = torch.stack([_branch(path, x_m) for path, x_m in zip(paths, self._inputs(x))], 1)
             return (u * attn(u)).sum(1).to(u.dtype)
-        fc_reduce, fc_select = (_parameter(attn._modules[name], "weight") for name in ("fc_reduce", "fc_select"))
+        fc_reduce, fc_select = _parameter(attn._modules["fc_reduce"], "weight"), _parameter(attn._modules["fc_select"], "weight")
         reason = self._why_not_layers()
         bns = [] if reason else [path._modules["bn"] for path in paths]
         norms = [_batch_norm(bn) for bn in bns]
@@ -200,7 +200,7 @@ class FusedSelectiveKernel(nn.Module):
             warn_once(f"sk_fused fuses only the attention of {_called(self)}: {reason}")
             us = [_branch(path, x_m) for path, x_m in zip(paths, self._inputs(x))]
             v = functional.selective_kernel(us, _identity(us), fc_reduce, attn_norm, fc_select, "identity")
-            _count_batch(attn.bn)
+            _count_batch(attn._modules["bn"])
             return v
         activation = _activation(bns[0]._modules.get("act"))
         convs = [path._modules["conv"] for path in paths]
@@ -209,7 +209,7 @@ class FusedSelectiveKernel(nn.Module):
             convolution = convs[0].stride[0], [conv.dilation[0] for conv in convs], convs[0].groups
             v = functional.convolved(x, weights, *convolution, norms, fc_reduce, attn_norm, fc_select, *activation)
             if v is not None:
-                _count_batch(attn.bn, *bns)
+                _count_batch(attn._modules["bn"], *bns)
                 return v
 
         def unit(xs: Sequence[Tensor]) -> Tensor:
@@ -218,9 +218,9 @@ class FusedSelectiveKernel(nn.Module):
 
         xs = self._inputs(x)
         # Asked first: a batch of any size, compiled or exported, must not be compared with a number.
-        images = self._images_in_cache(x) if self._images_are_independent(attn_norm, *norms) else None
+        images = self._images_in_cache(x) if self._images_are_independent(convs, [attn_norm, *norms]) else None
         v = unit(xs) if images is None or images >= x.shape[0] else self._few_at_once(unit, x, xs, images)
-        _count_batch(attn.bn, *bns)
+        _count_batch(attn._modules["bn"], *bns)
         return v
 
     def _branches(self) -> list[nn.Module]:
@@ -233,27 +233,27 @@ class FusedSelectiveKernel(nn.Module):
 
     def _are_plain(self, convs: Sequence[nn.Module]) -> bool:
         """Whether these are square convolutions that nobody listens to, with one stride and groups, padded by what they reach."""
+        if _hooked(*convs):
+            return False
         first = convs[0]
-        return not _hooked(*convs) and all(
-            type(conv) is nn.Conv2d
-            and _parameter(conv, "bias") is None
-            and conv.padding_mode == "zeros"
-            and conv.groups == first.groups
-            and conv.stride == first.stride == (first.stride[0],) * 2
-            and conv.kernel_size == (conv.kernel_size[0],) * 2
-            and conv.dilation == (conv.dilation[0],) * 2
-            and conv.padding == (conv.dilation[0] * (conv.kernel_size[0] // 2),) * 2
-            for conv in convs
-        )
+        for conv in convs:
+            if type(conv) is not nn.Conv2d or _parameter(conv, "bias") is not None or conv.padding_mode != "zeros":
+                return False
+            (size, width), (dilation, across), (stride, sideways) = conv.kernel_size, conv.dilation, conv.stride
+            if size != width or dilation != across or stride != sideways or conv.padding != (dilation * (size // 2),) * 2:
+                return False
+            if conv.groups != first.groups or conv.stride != first.stride:
+                return False
+        return True
 
-    def _images_are_independent(self, *norms: functional.BatchNorm) -> bool:
+    def _images_are_independent(self, convs: Sequence[nn.Module], norms: Sequence[functional.BatchNorm]) -> bool:
         """Whether nothing looks at the batch as a whole: no batch statistics, no graph to build, no hook that counts calls."""
         return (
             not torch.is_grad_enabled()
             and not any(norm.training for norm in norms)
-            and not _hooked(*(path.conv for path in self.paths))
+            and not _hooked(*convs)
             and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
+            and only_pytorch() is None
         )
 
     def _images_in_cache(self, x: Tensor) -> int:
@@ -279,10 +279,11 @@ class FusedSelectiveKernel(nn.Module):
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x: expected shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
         _check_like_weights(x, self._modules["paths"]._modules["0"])
-        # A branch's batch-norm must not count a batch that the attention's will refuse.
-        bn = self._modules["attn"]._modules.get("bn")
-        if x.shape[0] == 1 and isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-            _batch_norm(bn).check("attn.bn", (1, bn.num_features, 1, 1), x.device)
+        if x.shape[0] == 1:
+            # A branch's batch-norm must not count a batch that the attention's will refuse.
+            bn = self._modules["attn"]._modules.get("bn")
+            if isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+                _batch_norm(bn).check("attn.bn", (1, bn.num_features, 1, 1), x.device)
 
 
 class FusedSelectiveKernelAttn(nn.Module):
@@ -396,8 +397,8 @@ class ConvNormAct(nn.Module):
         in_channels: int,
         out_channels: int,
         kernel_size: int,
-        stride: int,
-        dilation: int,
+        stride: int | tuple[int, int],
+        dilation: int | tuple[int, int],
         groups: int,
         act_layer: type[nn.Module] | None,
         norm_layer: type[nn.Module],
@@ -407,16 +408,31 @@ class ConvNormAct(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        padding = (stride - 1 + dilation * (kernel_size - 1)) // 2
+        strides, dilations = (value if isinstance(value, (tuple, list)) else (value, value) for value in (stride, dilation))
+        padding = tuple((s - 1 + d * (kernel_size - 1)) // 2 for s, d in zip(strides, dilations))
         self.conv = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False, device=device, dtype=dtype
         )
         options = norm_layer.keywords if isinstance(norm_layer, functools.partial) else {}
         self.bn = BatchNormAct2d(out_channels, **{"act_layer": act_layer, "drop_layer": drop_layer, "device": device, "dtype": dtype, **options})
         self.aa = None
+        # What `timm.utils.freeze` puts in the place of a norm that it does not know has neither.
+        self._after_norm = self.bn.drop, self.bn.act
+
+    @property
+    def in_channels(self) -> int:
+        return self.conv.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        return self.conv.out_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x))
+        x = self.bn(self.conv(x))
+        if "act" in self.bn._modules:
+            return x
+        drop, act = self._after_norm
+        return act(drop(x))
 
 
 def _conv_norm_act(act_layer, norm_layer, aa_layer) -> type[nn.Module]:
@@ -445,10 +461,10 @@ def _check_like_weights(x: Tensor, layer: nn.Module) -> None:
     """Raises if x has not the device and, outside autocast, the dtype of the layer's weights."""
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
-    # nn.Module.parameters costs more than all the rest of this.
     layer = layer._modules.get("conv", layer)
-    weight = layer._parameters["weight"] if layer._parameters.get("weight") is not None else next(layer.parameters(), None)
-    if weight is None:
+    weight = layer._parameters.get("weight")
+    # A hook may bring the weights, and a parametrisation makes them.
+    if weight is None or _hooked(layer):
         return
     if x.device != weight.device:
         raise ValueError(f"x: expected a tensor on {weight.device}, the device of the weights, got one on {x.device}")

@@ -118,6 +118,20 @@ def test_what_is_not_timms_own_is_left_alone():
     assert [type(subclass), type(other_attn), type(inner)] == [Subclass, SelectiveKernel, SelectiveKernel]
 
 
+def test_a_subclass_of_the_fused_unit_is_what_its_forward_is():
+    """FSDP, too, makes subclasses."""
+
+    class Same(FusedSelectiveKernel):
+        pass
+
+    class Other(FusedSelectiveKernel):
+        def forward(self, x):
+            return x
+
+    report = sk_fused.fuse(nn.ModuleList([Same(8), Other(8)]))
+    assert [(unit.fused, unit.reason) for unit in report.units] == [(True, None), (False, "Other is a subclass of FusedSelectiveKernel")]
+
+
 def test_unfuse_of_a_unit_made_here_leaves_nothing_of_ours(monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as before_timm:
         before_timm.delitem(sys.modules, "timm.layers")

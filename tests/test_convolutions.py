@@ -20,7 +20,7 @@ from .test_operators import assert_passes_with, flat
 # fill, rows of whole and of broken tiles. Winograd: dense and grouped, whole and split, odd maps, maps below a tile.
 CASES = {
     "4 a group": (40, 40, 10, (2, 9, 13), 1, (1, 2)),
-    "4 a group, three dilations": (20, 20, 5, (2, 7, 11), 1, (1, 2, 3)),
+    "4 a group, three dilations": (24, 24, 6, (2, 7, 11), 1, (1, 2, 3)),
     "4 a group, 1 × 1 maps": (16, 16, 4, (2, 1, 1), 1, (3, 1)),
     "4 a group, stride 2": (24, 24, 6, (3, 8, 7), 2, (1, 2, 3)),
     "8 a group": (64, 64, 8, (2, 14, 16), 1, (2, 1)),
@@ -41,6 +41,12 @@ CASES = {
     "dense, small maps": (32, 144, 1, (5, 7, 7), 1, (1, 2)),
     "dense, many inputs, split": (256, 144, 1, (3, 7, 9), 1, (2, 1)),
     "dense, long rows": (16, 16, 1, (1, 2, 131), 1, (2, 3)),
+    "dense, more planes than fit": (128, 32, 1, (4, 7, 9), 1, (1, 2)),
+    "dense, several spans": (64, 64, 1, (2, 16, 17), 1, (1, 2)),
+    "dense, fewer images at last": (32, 32, 1, (5, 10, 11), 1, (3, 1)),
+    "dense, narrow to wide": (16, 64, 1, (3, 9, 10), 1, (1, 2)),
+    "dense, one column": (32, 32, 1, (2, 5, 1), 1, (3, 1)),
+    "16 a group, many groups": (256, 256, 16, (2, 5, 4), 1, (1, 2)),
 }
 LARGE_MAPS = {
     "8 a group, large map": (32, 32, 4, (4, 112, 112), 1, (1, 2)),
@@ -158,7 +164,7 @@ def test_opcheck(name: str, case: str, layout: str):
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", ["8 a group", "dense, many tiles", "dense, split in three"])
+@pytest.mark.parametrize("case", ["8 a group", "32 a group", "dense, many tiles", "dense, whole", "dense, narrow to wide", "dense, split in three"])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_runs_and_threads_agree_to_the_bit(name: str, case: str, layout: str):
     arguments = operands(case, layout=layout)[name]

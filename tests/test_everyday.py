@@ -1,6 +1,7 @@
 """What users do with a module: checkpointing, EMA, torch.func, hooks, freezing, fusing, moving, differentiating twice."""
 
 import copy
+import sys
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from timm.models import checkpoint_seq
 from timm.utils import ModelEmaV3, freeze
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -251,6 +253,16 @@ def test_gradient_penalty(backend: str):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_a_derivative_along_the_gradient_is_not_lost():
+    """Forward mode through a backward that is not to be differentiated: the native one has no tangents, and says so."""
+    unit, x = sk_fused.FusedSelectiveKernel(16), torch.randn(2, 16, 5, 6, requires_grad=True)
+    v = unit(x)
+    with forward_ad.dual_level():
+        g = forward_ad.make_dual(torch.ones_like(v), torch.ones_like(v))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.autograd.grad(v, x, g)
+
+
 def replica(module: nn.Module) -> nn.Module:
     """As torch.nn.DataParallel makes them, one for each GPU: the parameters are plain tensors."""
     copies = {of: of._replicate_for_data_parallel() for of in module.modules()}
@@ -286,6 +298,22 @@ def test_frozen_batch_norms_of_timm(name: str, made: str):
         freeze(unit)
     assert ours.why_not() is None
     assert_parity(ours.train(), theirs.train(), [torch.randn(3, 16, 6, 5)])
+
+
+@pytest.mark.filterwarnings("ignore:sk_fused")
+def test_a_unit_made_before_timm_keeps_its_activation_when_it_is_frozen(monkeypatch: pytest.MonkeyPatch):
+    """timm does not know its norms, and puts one without an activation in their place."""
+    with monkeypatch.context() as before_timm:
+        before_timm.delitem(sys.modules, "timm.layers")
+        ours, theirs = pair(**UNITS["split"])
+    for unit in (ours, theirs):
+        freeze(unit)
+    assert "FrozenBatchNorm2d" in ours.why_not()
+    x = torch.randn(3, 16, 6, 5)
+    assert_parity(ours.train(), theirs.train(), [x])
+    exact = ours(x)
+    sk_fused.unfuse(ours)
+    torch.testing.assert_close(ours(x), exact)
 
 
 def test_a_pruned_batch_norm_of_the_attention_takes_one_image():

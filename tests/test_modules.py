@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import pickle
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -17,7 +18,7 @@ import sk_fused
 from sk_fused import FusedSelectiveKernel, FusedSelectiveKernelAttn
 from sk_fused.functional import BatchNorm, attend, selective_kernel
 
-from .parity import assert_all_within, pair
+from .parity import assert_all_within, assert_parity, pair
 
 CLASSES = [(FusedSelectiveKernel, SelectiveKernel), (FusedSelectiveKernelAttn, SelectiveKernelAttn)]
 
@@ -103,6 +104,29 @@ def test_output_has_the_layout_of_the_input():
 def test_impossible_arguments(build: Callable[[], nn.Module]):
     with pytest.raises(ValueError, match="kernel_size: .* got|in_channels: .* got 9"):
         build()
+
+
+@pytest.mark.parametrize("arguments", [dict(stride=(2, 2)), dict(stride=(2, 1)), dict(dilation=(2, 1), keep_3x3=False)], ids=str)
+@pytest.mark.parametrize("made", ["with timm", "before timm"])
+def test_one_number_for_each_direction(made: str, arguments: dict, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as before_timm:
+        if made == "before timm":
+            before_timm.delitem(sys.modules, "timm.layers")
+        units = pair(in_channels=8, **arguments)
+    assert units[0].paths[0].in_channels == 4 and units[0].paths[0].out_channels == 8
+    assert_parity(*units, [torch.randn(3, 8, 9, 8)])
+
+
+def test_weights_that_a_hook_brings():
+    """As those who keep them elsewhere do; x is held against the weights only where they are known to be there."""
+    units = pair(in_channels=8)
+    for unit in units:
+        for path in unit.paths:
+            weight = path.conv.weight
+            path.conv.weight = nn.Parameter(weight.detach().to("meta"))
+            path.conv.register_forward_pre_hook(lambda conv, _, weight=weight: setattr(conv, "weight", weight))
+    x = torch.randn(3, 8, 6, 5)
+    torch.testing.assert_close(units[0](x), units[1](x), rtol=1e-5, atol=1e-5)
 
 
 HOOKS = {
@@ -360,6 +384,14 @@ def test_bad_operands_of_attend():
     for s, error, says in ((torch.randn(3), ValueError, r"s: expected shape \(B, C\), got \(3,\)"), (torch.ones(3, 4).long(), TypeError, "int64")):
         with pytest.raises(error, match=says):
             attend(s, *rest)
+
+
+def test_a_backend_is_forced_again():
+    forced, x = sk_fused.use_backend("reference"), torch.ones(1, 1, 1, 1)
+    for _ in range(2):
+        with forced:
+            assert sk_fused.backends.choose([x]) is sk_fused.backends.reference
+        assert sk_fused.backends.choose([x]) is sk_fused.backends.native
 
 
 def test_forced_backends(monkeypatch: pytest.MonkeyPatch):

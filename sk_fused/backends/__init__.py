@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import native, reference, triton
+from .fake import constant
 
 # In the order in which they are tried: a call of the native kernels takes less of the host's time than one of Triton's.
 BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton, "reference": reference}
@@ -21,7 +22,7 @@ _said: set[str] = set()
 class use_backend:
     """Forces the backend `name`, one of `BACKENDS`; None goes back to the automatic choice.
 
-    Holds from the call on, or, as a context manager, inside the `with`. A forced backend that cannot take a call raises
+    Holds from the call on, or, as a context manager, inside the `with`, for all threads. A forced backend that cannot take a call raises
     a RuntimeError that says why.
 
     Raises:
@@ -32,10 +33,11 @@ class use_backend:
         global _forced
         if name is not None and name not in BACKENDS:
             raise ValueError(f"name: expected None or one of {', '.join(BACKENDS)}, got {name!r}")
-        self._before, _forced = _forced, name
+        self._name, self._before, _forced = name, _forced, name
 
     def __enter__(self) -> None:
-        pass
+        global _forced
+        _forced = self._name
 
     def __exit__(self, *_) -> None:
         global _forced
@@ -54,7 +56,7 @@ def only_pytorch() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _transformed() -> bool:
     """By torch.func; under torch.compile, as it compiles, which is done for each transform anew."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
@@ -79,7 +81,7 @@ def choose(branches: Sequence[Tensor]) -> ModuleType:
     return backend
 
 
-@torch.compiler.assume_constant_result
+@constant
 def warn_once(sentence: str) -> None:
     """A RuntimeWarning, the first time that this sentence comes up in the process; under torch.compile, as it compiles."""
     if sentence not in _said:

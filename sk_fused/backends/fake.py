@@ -8,6 +8,13 @@ from torch import Tensor
 from .reference import accumulate_dtype, empty_branch
 
 
+def constant(function: Callable) -> Callable:
+    """Marks what the compiler is to ask as it traces, and not to trace: torch.compiler.assume_constant_result, without importing the
+    compiler, which takes most of a second."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def branch_statistics(ys):
     shape, dtype = (len(ys), ys[0].shape[1]), accumulate_dtype(ys[0].dtype)
     return ys[0].new_empty(shape, dtype=dtype), ys[0].new_empty(shape, dtype=dtype)

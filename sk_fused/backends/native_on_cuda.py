@@ -6,8 +6,10 @@ import torch
 
 import sk_fused.backends as backends
 
+from .fake import constant
 
-@torch.compiler.assume_constant_result
+
+@constant
 def why_not(device: torch.device, branches: int) -> str | None:
     """The reason why the kernels do not take so many branches on this device, or None."""
     if branches > 8:

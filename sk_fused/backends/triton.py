@@ -14,6 +14,7 @@ from torch import Tensor
 import sk_fused.backends as backends
 
 from . import fake
+from .fake import constant
 from .reference import layout_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -65,12 +66,12 @@ def why_not(branches: Sequence[Tensor]) -> str | None:
     return _why_not_triton() or (_why_not_device(y.device) if y.device.type == "cuda" else None)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _why_not_triton() -> str | None:
     return _why_not_import()
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _why_not_device(device: torch.device) -> str | None:
     major, minor = _capability(device)
     return None if major >= 8 else f"the Triton kernels are for compute capability 8.0 and up, {device} has {major}.{minor}"
