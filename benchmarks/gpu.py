@@ -82,8 +82,16 @@ def run(stage: Stage, log: Path, left: float) -> str:
     start = time.monotonic()
     seconds = min(stage.seconds, left)
     with open(log, "w") as output:
-        # In a session of its own, so that what it has started ends with it.
-        process = subprocess.Popen(stage.command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        # In a session of its own, so that what it has started ends with it; and interruptible, which what a shell starts in the
+        # background is not.
+        process = subprocess.Popen(
+            stage.command,
+            cwd=REPOSITORY,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         try:
             code = process.wait(seconds)
             verdict = "passed" if code == 0 else f"failed ({code})"
