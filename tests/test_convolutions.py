@@ -2,6 +2,8 @@
 units that use them against timm."""
 
 import copy
+import random
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import pytest
@@ -21,6 +23,7 @@ from .test_operators import assert_passes_with, flat
 CASES = {
     "4 a group": (40, 40, 10, (2, 9, 13), 1, (1, 2)),
     "4 a group, three dilations": (24, 24, 6, (2, 7, 11), 1, (1, 2, 3)),
+    "4 a group, whole sixteens": (32, 32, 8, (2, 8, 16), 1, (1, 2)),
     "4 a group, 1 × 1 maps": (16, 16, 4, (2, 1, 1), 1, (3, 1)),
     "4 a group, stride 2": (24, 24, 6, (3, 8, 7), 2, (1, 2, 3)),
     "8 a group": (64, 64, 8, (2, 14, 16), 1, (2, 1)),
@@ -172,6 +175,25 @@ def test_runs_and_threads_agree_to_the_bit(name: str, case: str, layout: str):
     torch.set_num_threads(1)
     for a, b, c in zip(first, second, results(native, name, arguments), strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_threads_keep_scratch_of_their_own(layout: str):
+    """And what they keep is of any earlier call: larger, smaller, of another kind."""
+    # These fill all memory anew, so that none is kept.
+    torch.use_deterministic_algorithms(False)
+    work = [
+        (name, arguments, results(native, name, arguments))
+        for case in ("dense, many tiles", "8 a group", "dense, 1 × 1 maps", "32 a group, stride 2", "dense, many inputs, split", "4 a group")
+        for name, arguments in operands(case, layout=layout).items()
+    ]
+
+    def again(seed: int) -> bool:
+        order = random.Random(seed).choices(work, k=100)
+        return all(torch.equal(*pair) for name, arguments, expected in order for pair in zip(results(native, name, arguments), expected, strict=True))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(again, range(6)))
 
 
 @pytest.mark.parametrize("case", ["8 a group", "dense, whole"])

@@ -60,13 +60,29 @@ struct alignas(64) Share {
   }
 };
 
+// For each thread, what its share of the last-level cache holds on today's servers.
+constexpr int64_t kCacheBytes = 2 << 20;
+
+// Memory of the calling thread, uninitialised, its own until it asks for the same `kept` again. It is kept from call to call if it has
+// `most` bytes at most: memory that is allocated anew is often faulted in anew, page by page, for longer than it takes to fill it.
+// Deterministic algorithms have what is uninitialised filled, so they get new memory.
+inline Tensor scratch_of(Tensor& kept, int64_t size, int64_t most) {
+  if (size * 4 > most || at::globalContext().deterministicAlgorithms()) return at::empty({size}, at::kFloat);
+  if (!kept.defined() || kept.numel() < size) kept = at::empty({size}, at::kFloat);
+  return kept;
+}
+
+// Tasks are cut for less, but for pictures of many channels.
+constexpr int64_t kTaskBytes = 8 << 20;
+inline thread_local Tensor kept_for_tasks;
+
 // f(scratch, first, last) on every task, one after the other. Each thread has scratch of its own, whose first `margins` values are 0 at first.
 template <class F> void parallel_tasks(int64_t tasks, int64_t margins, int64_t scratch_size, const F& f) {
   const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
   std::vector<Share> shares(threads);
   for (int64_t i = 0; i < threads; ++i) shares[i].set(i * tasks / threads, (i + 1) * tasks / threads);
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    const Tensor scratch = at::empty({scratch_size}, at::kFloat);
+    const Tensor scratch = scratch_of(kept_for_tasks, scratch_size, kTaskBytes);
     float* const data = scratch.data_ptr<float>();
     std::fill_n(data, margins, 0.0f);
     for (int64_t i = first; i < last; ++i)

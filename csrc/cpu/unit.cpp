@@ -38,8 +38,7 @@ void select_tasks(const Blocks& blocks, const Picture& out, int64_t M, float slo
 
 namespace sk {
 
-// Of the branches in flight, for each thread: what its share of the last-level cache holds on today's servers.
-constexpr int64_t kCacheBytes = 2 << 20;
+static thread_local Tensor kept_for_blocks;
 
 Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArrayRef dilations, int64_t groups,
                 const OptionalTensors& norm_weights, const OptionalTensors& norm_biases, TensorList means, TensorList variances, double eps,
@@ -51,13 +50,15 @@ Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArra
   for (const auto& [name, array] : {std::pair<const char*, const Tensor&>{"mean", mean}, {"scale", scale}, {"bias", bias}})
     check_array(array, name, at::kFloat, {s.M, s.out.C});
   TORCH_CHECK_VALUE(fc_select.size(0) == s.M * s.out.C, "fc_select: expected ", s.M, " * ", s.out.C, " rows, got ", fc_select.size(0));
-  const int64_t most = std::clamp<int64_t>(at::get_num_threads() * kCacheBytes / (s.M * s.out.C * s.out.pixels() * 4), 1, s.B);
+  // Of the branches in flight.
+  const int64_t bytes = at::get_num_threads() * kCacheBytes;
+  const int64_t most = std::clamp<int64_t>(bytes / (s.M * s.out.C * s.out.pixels() * 4), 1, s.B);
   const int64_t rounds = (s.B + most - 1) / most, images = (s.B + rounds - 1) / rounds;
 
   const int64_t cluster = s.winograd() ? cluster_of_winograd(s) : cluster_of_direct(s), clusters = (s.out.C + cluster - 1) / cluster;
   const int64_t channels = clusters * cluster, values = s.M * channels * s.out.pixels();
   const Tensor shift = at::constant_pad_nd(bias - mean * scale, {0, channels - s.out.C});
-  const Tensor z = at::empty({images * values}, at::kFloat), pooled = at::empty({images, 2, channels}, at::kFloat);
+  const Tensor z = scratch_of(kept_for_blocks, images * values, bytes), pooled = at::empty({images, 2, channels}, at::kFloat);
   const Blocks blocks{clusters, cluster, shift.const_data_ptr<float>(), z.data_ptr<float>(), pooled.data_ptr<float>()};
   const Tensor packed = s.winograd() ? Tensor() : pack_weights(s, weights, channels, scale.const_data_ptr<float>()), v = output_like(s, x);
   for (int64_t image = 0; image < s.B; image += images) {
