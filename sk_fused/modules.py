@@ -282,7 +282,7 @@ class FusedSelectiveKernel(nn.Module):
         if x.shape[0] == 1:
             # A branch's batch-norm must not count a batch that the attention's will refuse.
             bn = self._modules["attn"]._modules.get("bn")
-            if isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            if isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) and not _hooked(bn):
                 _batch_norm(bn).check("attn.bn", (1, bn.num_features, 1, 1), x.device)
 
 
@@ -326,7 +326,9 @@ class FusedSelectiveKernelAttn(nn.Module):
             return "hooks are registered on all modules"
         layers = self._modules
         bn, act = layers["bn"], layers["act"]
-        if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm) and type(bn).__name__ != "FrozenBatchNorm2d":
+        # Not every project's frozen norm has an eps that can be asked for.
+        frozen = type(bn).__name__ == "FrozenBatchNorm2d" and hasattr(bn, "eps")
+        if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm) and not frozen:
             return f"attn.bn is a {type(bn).__name__}"
         if type(act) is not nn.ReLU:
             return f"attn.act is a {type(act).__name__}"
@@ -524,7 +526,12 @@ def _count_batch(*norms: nn.Module) -> None:
     counts = [bn._buffers.get("num_batches_tracked") for bn in norms if bn.training and getattr(bn, "track_running_stats", False)]
     counts = [count for count in counts if count is not None]
     if counts and not functional.recomputes():
-        torch._foreach_add_(counts, 1)
+        if only_pytorch():
+            # As functional._move_running_statistics.
+            for count in counts:
+                count.add_(1)
+        else:
+            torch._foreach_add_(counts, 1)
 
 
 def _identity(us: Sequence[Tensor]) -> list[functional.BatchNorm]:
