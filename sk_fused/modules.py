@@ -80,6 +80,8 @@ class FusedSelectiveKernel(nn.Module):
         ValueError: a kernel size is even or below 3; in_channels cannot be split; in `forward`, x has the wrong rank,
             channels or device, or, in training, one value per channel only.
         TypeError: in `forward`, x has not the floating-point dtype of the weights (outside autocast).
+        ImportError: an argument needs timm, and it is not installed.
+        RuntimeError: in `forward`, a backend is forced (`use_backend`) that cannot take x.
     """
 
     __prepare_scriptable__ = _timm_twin
@@ -296,6 +298,11 @@ class FusedSelectiveKernelAttn(nn.Module):
         num_paths: M.
         attn_channels: D, the channels between the two 1 × 1 convolutions.
         act_layer, norm_layer: classes; ReLU and BatchNorm2d are fused.
+
+    Raises:
+        ValueError: in `forward`, branches of another number or shape, or on another device than the weights; in training, one
+            value per channel only.
+        TypeError: in `forward`, branches that have not the floating-point dtype of the weights (outside autocast).
     """
 
     __prepare_scriptable__ = _timm_twin
