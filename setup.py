@@ -1,7 +1,7 @@
 """Builds the native extension; everything else stands in pyproject.toml.
 
 SK_FUSED_NATIVE=0 leaves the extension out: a pure Python package that runs the reference. The extension has CUDA kernels where
-there is an nvcc, on the path or in CUDA_HOME; no GPU is needed for that. SK_FUSED_CUDA=0 leaves them out, SK_FUSED_CUDA="90a" builds
+there is an nvcc, in CUDA_HOME or on the path; no GPU is needed for that. SK_FUSED_CUDA=0 leaves them out, SK_FUSED_CUDA="90a" builds
 for that architecture alone. SK_FUSED_WERROR=1 makes errors of nvcc's warnings: for tests, since another version may have others.
 """
 
@@ -21,8 +21,9 @@ ARCHITECTURES = ("80", "90a", "100", "120")
 def find_nvcc() -> str | None:
     if os.environ.get("SK_FUSED_CUDA", "1") == "0":
         return None
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    home = os.environ.get("CUDA_HOME")
+    named = shutil.which("nvcc", path=f"{home}/bin") if home else None
+    return named or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 class Nvcc:
@@ -35,7 +36,7 @@ class Nvcc:
         # 90a and its like are not listed by every version that knows them.
         wanted = os.environ.get("SK_FUSED_CUDA", "1").split()
         self.architectures = [arch for arch in ARCHITECTURES if f"sm_{arch.rstrip('a')}" in known and (wanted == ["1"] or arch in wanted)]
-        if not self.architectures:
+        if not self.architectures or wanted != ["1"] and set(wanted) != set(self.architectures):
             raise RuntimeError(f"SK_FUSED_CUDA: expected 0, 1 or some of {' '.join(ARCHITECTURES)}, as {nvcc} knows them, got {' '.join(wanted)}")
 
     def _run(self, *arguments: str) -> subprocess.CompletedProcess:

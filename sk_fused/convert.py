@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from . import modules
-from .families import FAMILIES, Family, adopt, give_back
+from .families import FAMILIES, Family, adopt, give_back, why_not_known
 from .modules import FusedSelectiveKernel, FusedSelectiveKernelAttn
 
 
@@ -41,7 +41,7 @@ def fuse(model: nn.Module) -> Report:
 
     In place: a unit changes its class and nothing else, so parameters, buffers, hooks, state_dict and an optimizer made
     before go on as they were. A unit whose attention is not timm's own, or a subclass, is left alone; so is what has the name of
-    another project's unit, but not its layers.
+    another project's unit, but other layers, or gives something else of them.
     """
     return _convert(model, _timm_to_fused(), FAMILIES)
 
@@ -88,7 +88,7 @@ def _convert(model: nn.Module, new_class: dict[type[nn.Module], type[nn.Module]]
             continue
         if not isinstance(module, known):
             if family:
-                reason = family.structure(module)
+                reason = why_not_known(module, family)
                 units.append((name, module, reason and f"not the {type(module).__name__} that is known: {reason}"))
                 if reason is None:
                     adopt(module, family)

@@ -1,7 +1,7 @@
 """Other projects' Selective Kernel units, on the same core: squeeze over the branches, a small network, softmax, weighted sum.
 
-`fuse` finds them by the name of their class and by their layers, without importing the project, and changes their class in place:
-layers, parameters and checkpoints stay. What the fused one cannot do runs as the project has it.
+`fuse` finds them by the name of their class, by their layers and by what they compute, without importing the project, and changes
+their class in place: layers, parameters and checkpoints stay. What the fused one cannot do runs as the project has it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional
-from .backends import warn_once
+from .backends import use_backend, warn_once
 from .modules import _activation, _batch_norm, _check_like_weights, _count_batch, _hooked, _identity, leaf
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -35,7 +35,7 @@ def _project_twin(module: nn.Module) -> nn.Module:
 
 class Family(nn.Module):
     """A fused unit of another project, whose own class is `unfused_class`. The classes below say what its layers are
-    (`structure`) and what its forward is (`_fused`)."""
+    (`structure`), what it may be given (`example`) and what its forward is (`_fused`)."""
 
     __prepare_scriptable__ = _project_twin
 
@@ -46,6 +46,11 @@ class Family(nn.Module):
     @staticmethod
     def structure(module: nn.Module) -> str | None:
         """What of the layers of `module` is not as the published unit has it, or None."""
+        raise NotImplementedError
+
+    @staticmethod
+    def example(module: nn.Module) -> Tensor | list[Tensor]:
+        """A small input of `module`, in float64."""
         raise NotImplementedError
 
     def _fused(self, x: Tensor | Sequence[Tensor]) -> Tensor:
@@ -82,6 +87,25 @@ class Family(nn.Module):
         return self._fused(x)
 
 
+def why_not_known(module: nn.Module, family: type[Family]) -> str | None:
+    """The reason why `module` is not the unit that `family` fuses, or None: other layers; or, of the same layers, another forward, as
+    both are run in eval, on a copy in float64."""
+    reason = family.structure(module)
+    if reason or any(tensor.is_meta for tensor in module.state_dict().values()):
+        return reason
+    twin = copy.deepcopy(module).to("cpu", torch.float64).eval()
+    x = family.example(twin)
+    with torch.no_grad(), use_backend("reference"):
+        try:
+            expected = type(module).forward(twin, x)
+        except Exception as error:
+            return f"its forward does not take what the published unit takes: {error}"
+        v = family._fused(twin, x)
+    if not isinstance(expected, Tensor) or v.shape != expected.shape or not torch.allclose(v, expected, rtol=1e-6, atol=1e-9, equal_nan=True):
+        return "its forward does not give what the published unit gives"
+    return None
+
+
 def adopt(module: nn.Module, family: type[Family]) -> None:
     """The project's module becomes the fused one."""
     module.unfused_class, module.__class__ = type(module), family
@@ -113,6 +137,10 @@ class FusedSKFF(Family):
         if len(layers) != 2 or type(layers[1]) not in _ATTN_ACTIVATIONS:
             return f"conv_du is not a convolution and ReLU, LeakyReLU or Identity: {module.conv_du}"
         return _product("conv_du.0", layers[0]) or _products("fcs", module.fcs)
+
+    @staticmethod
+    def example(module: nn.Module) -> list[Tensor]:
+        return [*_random(module.height, 2, len(module.fcs[0].weight), 3, 4)]
 
     def _fused(self, x: Sequence[Tensor]) -> Tensor:
         if len(x) != self.height:
@@ -149,6 +177,10 @@ class FusedSKAttention(Family):
         return (
             functional.why_not_together([_batch_norm(path[1]) for path in module.convs]) or _product("fc", module.fc) or _products("fcs", module.fcs)
         )
+
+    @staticmethod
+    def example(module: nn.Module) -> Tensor:
+        return _random(2, module.convs[0][0].in_channels, 8, 7)
 
     def _fused(self, x: Tensor) -> Tensor:
         _check_like_weights(x, self.convs[0][0])
@@ -187,6 +219,10 @@ class FusedSimCLRSelectiveKernel(Family):
             return f"main_conv.0 has a bias, groups, a stride of its own in each direction, other padding than zeros or odd outputs: {conv}"
         return _product("mixing_conv.0", mixing[0], bias=False) or _product("mixing_conv.2", mixing[2])
 
+    @staticmethod
+    def example(module: nn.Module) -> Tensor:
+        return _random(2, module.main_conv[0].in_channels, 8, 7)
+
     def _fused(self, x: Tensor) -> Tensor:
         conv, (bn, act) = self.main_conv[0], self.main_conv[1].children()
         reduce, (attn_bn, attn_act), select = self.mixing_conv[0], self.mixing_conv[1].children(), self.mixing_conv[2]
@@ -205,6 +241,10 @@ class FusedSimCLRSelectiveKernel(Family):
 
 # By the name of the project's class.
 FAMILIES: dict[str, type[Family]] = {"SKFF": FusedSKFF, "SKAttention": FusedSKAttention, "SelectiveKernel": FusedSimCLRSelectiveKernel}
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
 
 
 def _children(module: nn.Module, *names: str) -> str | None:

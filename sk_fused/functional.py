@@ -82,6 +82,11 @@ def _move_running_statistics(moments: Sequence[tuple[BatchNorm, Tensor, Tensor]]
     if not running or recomputes():
         return
     with torch.no_grad():
+        if backends.only_pytorch():
+            # torch.func has no rule for what changes several tensors at once.
+            for vector, moment, momentum in zip(running, batch, momentums):
+                vector.copy_(vector + momentum * (moment - vector))
+            return
         moved = [_cast(vector, target.dtype) for vector, target in zip(running, batch)]
         torch._foreach_lerp_(moved, batch, _factors(momentums, batch))
         for vector, result in zip(running, moved):
@@ -177,6 +182,11 @@ def convolved(x, weights, stride, dilations, groups, norms, fc_reduce, attn_norm
     Raises:
         ValueError, TypeError: as `selective_kernel`.
     """
+    if x.dim() != 4:
+        raise ValueError(f"x: expected shape (B, C', H, W), got {tuple(x.shape)}")
+    if not weights or len(dilations) != len(weights) or any(weight.dim() != 4 for weight in weights):
+        shapes = [tuple(weight.shape) for weight in weights]
+        raise ValueError(f"weights: expected one (C, inputs, size, size) for each of the dilations {list(dilations)}, got {shapes}")
     backend, dtype = backends.choose([x]), _autocast_dtype(x)
     if backend.why_not_convolve(x.shape, dtype, [w.shape for w in weights], stride, dilations, groups, x.device):
         return None
@@ -259,7 +269,7 @@ def attend(
     """
     if s.dim() != 2:
         raise ValueError(f"s: expected shape (B, C), got {tuple(s.shape)}")
-    _check_attention(s, s.shape[1], fc_reduce, fc_select)
+    _check_attention("s", s, s.shape[1], fc_reduce, fc_select)
     attn_norm.check("attn_norm", (s.shape[0], fc_reduce.shape[0], 1, 1), s.device)
     attn_act = attn_activation, float(attn_negative_slope)
     _check_attn_act(attn_act, select_bias, fc_select, s)
@@ -479,12 +489,12 @@ def _check_unit(like: Tensor, shape: Sequence[int], M: int, norms: Sequence[Batc
         raise ValueError(f"norms: {reason}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    _check_attention(like, shape[1], fc_reduce, fc_select, M)
+    _check_attention("branches", like, shape[1], fc_reduce, fc_select, M)
 
 
-def _check_attention(like: Tensor, C: int, fc_reduce: Tensor, fc_select: Tensor, M: int | None = None) -> None:
+def _check_attention(name: str, like: Tensor, C: int, fc_reduce: Tensor, fc_select: Tensor, M: int | None = None) -> None:
     if not like.is_floating_point():
-        raise TypeError(f"expected a floating-point tensor, got {like.dtype}")
+        raise TypeError(f"{name}: expected a floating-point tensor, got {like.dtype}")
     D = fc_reduce.shape[0]
     if fc_reduce.shape not in ((D, C), (D, C, 1, 1)):
         raise ValueError(f"fc_reduce: expected shape (D, {C}) or (D, {C}, 1, 1), got {tuple(fc_reduce.shape)}")

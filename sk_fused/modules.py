@@ -80,6 +80,8 @@ class FusedSelectiveKernel(nn.Module):
         ValueError: a kernel size is even or below 3; in_channels cannot be split; in `forward`, x has the wrong rank,
             channels or device, or, in training, one value per channel only.
         TypeError: in `forward`, x has not the floating-point dtype of the weights (outside autocast).
+        ImportError: an argument needs timm, and it is not installed.
+        RuntimeError: in `forward`, a backend is forced (`use_backend`) that cannot take x.
     """
 
     __prepare_scriptable__ = _timm_twin
@@ -282,7 +284,7 @@ class FusedSelectiveKernel(nn.Module):
         if x.shape[0] == 1:
             # A branch's batch-norm must not count a batch that the attention's will refuse.
             bn = self._modules["attn"]._modules.get("bn")
-            if isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            if isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) and not _hooked(bn):
                 _batch_norm(bn).check("attn.bn", (1, bn.num_features, 1, 1), x.device)
 
 
@@ -296,6 +298,11 @@ class FusedSelectiveKernelAttn(nn.Module):
         num_paths: M.
         attn_channels: D, the channels between the two 1 × 1 convolutions.
         act_layer, norm_layer: classes; ReLU and BatchNorm2d are fused.
+
+    Raises:
+        ValueError: in `forward`, branches of another number or shape, or on another device than the weights; in training, one
+            value per channel only.
+        TypeError: in `forward`, branches that have not the floating-point dtype of the weights (outside autocast).
     """
 
     __prepare_scriptable__ = _timm_twin
@@ -326,7 +333,9 @@ class FusedSelectiveKernelAttn(nn.Module):
             return "hooks are registered on all modules"
         layers = self._modules
         bn, act = layers["bn"], layers["act"]
-        if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm) and type(bn).__name__ != "FrozenBatchNorm2d":
+        # Not every project's frozen norm has an eps that can be asked for.
+        frozen = type(bn).__name__ == "FrozenBatchNorm2d" and hasattr(bn, "eps")
+        if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm) and not frozen:
             return f"attn.bn is a {type(bn).__name__}"
         if type(act) is not nn.ReLU:
             return f"attn.act is a {type(act).__name__}"
@@ -524,7 +533,12 @@ def _count_batch(*norms: nn.Module) -> None:
     counts = [bn._buffers.get("num_batches_tracked") for bn in norms if bn.training and getattr(bn, "track_running_stats", False)]
     counts = [count for count in counts if count is not None]
     if counts and not functional.recomputes():
-        torch._foreach_add_(counts, 1)
+        if only_pytorch():
+            # As functional._move_running_statistics.
+            for count in counts:
+                count.add_(1)
+        else:
+            torch._foreach_add_(counts, 1)
 
 
 def _identity(us: Sequence[Tensor]) -> list[functional.BatchNorm]:

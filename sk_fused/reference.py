@@ -13,7 +13,7 @@ from .functional import BatchNorm
 
 
 def normalize(x: Tensor, norm: BatchNorm) -> Tensor:
-    """BN(x); moves the running statistics."""
+    """BN(x), of this process alone, whatever the `group`; moves the running statistics."""
     return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, norm.momentum, norm.eps)
 
 

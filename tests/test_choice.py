@@ -84,6 +84,18 @@ def test_without_sk_fused_cache_it_is_the_users(tmp_path: Path, monkeypatch: pyt
     assert choice._file(DEVICE).parent == tmp_path / ".cache" / "sk_fused"
 
 
+def test_a_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("SK_FUSED_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.setattr(choice.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert choice._file(DEVICE).parent == tmp_path / "sk_fused"
+
+
 def test_the_table_comes_first(monkeypatch: pytest.MonkeyPatch):
     timer = Timer()
     choose(timer)

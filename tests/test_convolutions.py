@@ -49,6 +49,8 @@ CASES = {
     "dense, fewer images at last": (32, 32, 1, (5, 10, 11), 1, (3, 1)),
     "dense, narrow to wide": (16, 64, 1, (3, 9, 10), 1, (1, 2)),
     "dense, one column": (32, 32, 1, (2, 5, 1), 1, (3, 1)),
+    "16 inputs, broad": (16, 16, 1, (1, 3, 113), 1, (1, 2)),
+    "dense, split, broad": (128, 64, 1, (1, 4, 80), 1, (1, 2)),
     "16 a group, many groups": (256, 256, 16, (2, 5, 4), 1, (1, 2)),
 }
 LARGE_MAPS = {

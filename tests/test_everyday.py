@@ -102,6 +102,35 @@ def test_vmap_over_batches_and_gradients_of_each_image(name: str):
         torch.func.vmap(ours)(x)
 
 
+@pytest.mark.filterwarnings("ignore:sk_fused")
+@pytest.mark.parametrize("name", UNITS)
+def test_an_ensemble_is_trained_under_vmap(name: str):
+    """Units of one shape, their parameters and running statistics stacked."""
+    x, states = torch.randn(3, 4, 16, 5, 6), []
+    pairs = [pair(**UNITS[name]) for _ in range(3)]
+    for units in (*zip(*pairs), [copy.deepcopy(theirs).double() for _, theirs in pairs]):
+        parameters, buffers = torch.func.stack_module_state([*units])
+
+        def run(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, unit: nn.Module = units[0]) -> Tensor:
+            return torch.func.functional_call(unit, (parameters, buffers), (x,))
+
+        v = torch.func.vmap(run)(parameters, buffers, x.to(next(iter(parameters.values())).dtype))
+        states.append({"output": v.detach(), **buffers})
+    for key, value in states[0].items():
+        assert_within(key, value, states[1][key], states[2][key])
+
+
+def test_batch_of_one_where_a_hook_brings_the_norm():
+    """As offloaded and partitioned weights are brought."""
+    ours, theirs = (unit.eval() for unit in pair(**UNITS["split"]))
+    x = torch.randn(1, 16, 5, 6)
+    expected, bn = theirs(x), ours.attn.bn
+    weight, bn.weight = bn.weight, nn.Parameter(torch.empty(0))
+    bn.register_forward_pre_hook(lambda *_: setattr(bn, "weight", weight))
+    with pytest.warns(RuntimeWarning, match="hooks"):
+        torch.testing.assert_close(ours(x), expected)
+
+
 def test_forward_mode_derivative():
     ours, theirs = (unit.double().eval() for unit in pair(**UNITS["split"]))
     x, tangent = torch.randn(2, 2, 16, 4, 5, dtype=torch.float64)

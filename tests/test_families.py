@@ -158,12 +158,12 @@ def test_eval_without_gradients(backend: str, case: str):
 
 def test_what_is_used_is_the_fused_one(monkeypatch: pytest.MonkeyPatch):
     """And not the project's forward."""
+    units = [make() for make, _ in CASES.values()]
+    for unit in units:
+        sk_fused.fuse(unit)
     for unit_class in (SKFF, SKAttention, SelectiveKernel):
         monkeypatch.setattr(unit_class, "forward", None)
-    for case, (_, channels) in CASES.items():
-        torch.manual_seed(0)
-        ours = CASES[case][0]()
-        sk_fused.fuse(ours)
+    for ours, (_, channels) in zip(units, CASES.values()):
         ours(torch.randn(4, channels, 6, 6)).sum().backward()
         assert all(parameter.grad is not None for parameter in ours.parameters())
 
@@ -202,6 +202,9 @@ OTHERS = {
     "main_conv.1 is not BatchNorm2d": changed(SelectiveKernel(8, 8, 1), lambda m: m.main_conv[1].__setitem__(0, nn.GroupNorm(2, 16))),
     "main_conv.0 is not a 3 × 3 convolution": changed(SelectiveKernel(8, 8, 1), lambda m: m.main_conv.__setitem__(0, nn.Conv2d(8, 16, 5, padding=2, bias=False))),
     "mixing_conv.0 is not Linear or a 1 × 1 convolution without bias": changed(SelectiveKernel(8, 8, 1), lambda m: m.mixing_conv.__setitem__(0, nn.Conv2d(8, 32, 1))),
+    # Of the same layers, with another forward.
+    "its forward does not give what the published unit gives": type(MIRNET, (SKFF,), {"forward": lambda self, us: SKFF.forward(self, us) + us[0]})(8),
+    "its forward does not take what the published unit takes": type(ATTENTION, (SKAttention,), {"forward": lambda self, x, y: (x, y)})(8),
 }  # fmt: skip
 
 
@@ -212,6 +215,17 @@ def test_others_of_the_name_are_left_alone(reason: str):
     (entry,) = sk_fused.fuse(unit).units
     assert type(unit) is unit_class and not entry.fused
     assert entry.reason.startswith(f"not the {unit_class.__name__} that is known: {reason}")
+
+
+def test_fuse_draws_no_random_number_and_changes_no_mode():
+    unit = SKAttention(8, L=4)
+    state = torch.get_rng_state()
+    counted, (entry,) = copy.deepcopy(unit.state_dict()), sk_fused.fuse(unit).units
+    assert entry.fused and torch.equal(torch.get_rng_state(), state)
+    assert unit.training and all(torch.equal(value, counted[name]) for name, value in unit.state_dict().items())
+    with torch.device("meta"):
+        (entry,) = sk_fused.fuse(SKAttention(8, L=4)).units
+    assert entry.fused
 
 
 def test_the_argument_has_the_projects_own_name():

@@ -56,6 +56,43 @@ def test_extensions_that_setup_builds(wanted: str, extensions: str):
     assert run_python("-c", f"import setuptools; {code}", SK_FUSED_NATIVE=wanted).strip() == extensions
 
 
+# An nvcc that knows these, as setup.py asks it.
+NVCC = """#!/bin/sh
+case "$1" in
+--version) echo "Cuda compilation tools, release $RELEASE, V$RELEASE.1" ;;
+--list-gpu-code) echo sm_80 sm_90 ;;
+esac
+"""
+
+
+def test_the_nvcc_that_is_named_goes_first_and_has_to_know_what_is_wanted(tmp_path: Path):
+    for folder in ("named/bin", "path"):
+        nvcc = tmp_path / folder / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.write_text(NVCC)
+        nvcc.chmod(0o755)
+    code = """
+import runpy, setuptools
+setuptools.setup = lambda **_: None
+setup = runpy.run_path("setup.py")
+print(setup["find_nvcc"]())
+try:
+    print(*setup["Nvcc"](setup["find_nvcc"]()).architectures)
+except RuntimeError as error:
+    print(error)
+"""
+
+    def built(wanted: str, **environment: str) -> list[str]:
+        path = os.pathsep.join((str(tmp_path / "path"), os.environ["PATH"]))
+        environment = {"SK_FUSED_NATIVE": "0", "SK_FUSED_CUDA": wanted, "RELEASE": "12.4", "PATH": path, "CUDA_HOME": "", **environment}
+        return run_python("-c", code, **environment).splitlines()
+
+    assert built("1", CUDA_HOME=str(tmp_path / "named")) == [str(tmp_path / "named/bin/nvcc"), "80 90a"]
+    assert built("90a") == [str(tmp_path / "path/nvcc"), "90a"]
+    for wanted in ("90", "90 80", "80 100"):
+        assert f"SK_FUSED_CUDA: expected 0, 1 or some of 80 90a 100 120, as {tmp_path / 'path/nvcc'} knows them, got {wanted}" in built(wanted)[1]
+
+
 def run_pure(pure: Path, *arguments: str) -> str:
     """Without site, whose finder of an editable install would find the extension after all."""
     packages = Path(torch.__file__).parent.parent

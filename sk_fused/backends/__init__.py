@@ -63,7 +63,11 @@ def _transformed() -> bool:
 
 
 def choose(branches: Sequence[Tensor]) -> ModuleType:
-    """The forced backend, or the first that can take the branches."""
+    """The forced backend, or the first that can take the branches.
+
+    Raises:
+        RuntimeError: the forced one cannot.
+    """
     plain = only_pytorch()
     if _forced is not None:
         reason = (_forced != "reference" and plain) or BACKENDS[_forced].why_not(branches)

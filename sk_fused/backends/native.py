@@ -44,7 +44,7 @@ def why_not_convolve(
     if M > 8 or not all(1 <= d <= 3 for d in dilations):
         return f"the native convolutions have at most 8 branches and dilations from 1 to 3, got {M} and {list(dilations)}"
     if device.type == "cuda":
-        return native_on_cuda.why_not_convolve(dtype, inputs, outputs, groups, stride)
+        return native_on_cuda.why_not_convolve(shape, dtype, inputs, outputs, groups, stride)
     if inputs == outputs and inputs in (4, 8, 16, 32) and shape[1] == groups * inputs and stride in (1, 2) and dtype != torch.float64:
         return None
     # In half precision the library's dense convolutions use instructions for it, and are faster.

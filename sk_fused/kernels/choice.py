@@ -90,7 +90,13 @@ def _milliseconds(run: Callable[[], object]) -> float:
 
 def _file(device: str) -> Path:
     """Where the roads measured on this device with these versions are."""
-    directory = os.environ.get("SK_FUSED_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sk_fused"
+    directory = os.environ.get("SK_FUSED_CACHE")
+    if not directory:
+        try:
+            directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sk_fused"
+        except RuntimeError:
+            # A user without a home, as in some containers.
+            directory = Path(tempfile.gettempdir()) / "sk_fused"
     key = f"{device} torch {torch.__version__} triton {triton.__version__} sk_fused {sk_fused.__version__}"
     return Path(directory) / f"{re.sub('[^a-z0-9.]+', '-', key.lower())}.json"
 
