@@ -10,6 +10,7 @@ from timm.models import checkpoint_seq
 from timm.utils import ModelEmaV3, freeze
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -351,7 +352,7 @@ def test_a_unit_made_before_timm_keeps_its_activation_when_it_is_frozen(monkeypa
 def test_a_pruned_batch_norm_of_the_attention_takes_one_image():
     units = pair(**UNITS["split"])
     for unit in units:
-        nn.utils.prune.l1_unstructured(unit.eval().attn.bn, "weight", 0.5)
+        prune.l1_unstructured(unit.eval().attn.bn, "weight", 0.5)
     x = torch.randn(1, 16, 6, 5)
     with pytest.warns(RuntimeWarning, match="the layers of attn have hooks"):
         torch.testing.assert_close(units[0](x), units[1](x))
