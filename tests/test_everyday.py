@@ -189,7 +189,6 @@ def test_hooks_on_all_modules_fire():
 
 @pytest.mark.filterwarnings("ignore:sk_fused")
 def test_flop_counter_and_pruning():
-    from torch.nn.utils import prune
     from torch.utils.flop_counter import FlopCounterMode
 
     counts = []
