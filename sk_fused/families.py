@@ -91,7 +91,7 @@ def why_not_known(module: nn.Module, family: type[Family]) -> str | None:
     """The reason why `module` is not the unit that `family` fuses, or None: other layers; or, of the same layers, another forward, as
     both are run in eval, on a copy in float64."""
     reason = family.structure(module)
-    if reason or any(tensor.is_meta for tensor in module.state_dict().values()):
+    if reason or any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         return reason
     twin = copy.deepcopy(module).to("cpu", torch.float64).eval()
     x = family.example(twin)

@@ -57,7 +57,8 @@ def why_not_convolve(shape: torch.Size, dtype: torch.dtype, inputs: int, outputs
             f"8192 in all, with stride 1 or 2, in float16 or bfloat16; got {inputs} in, {outputs} out, {groups} groups, stride {stride}, {dtype}"
         )
     B, _, H, W = shape
-    if B * H * W > _MOST_PIXELS or W > _MOST_COLUMNS:
+    # Not asked where it would be a guard: a batch of any size, compiled or exported, must not be compared with a number.
+    if not torch.compiler.is_compiling() and (B * H * W > _MOST_PIXELS or W > _MOST_COLUMNS):
         return f"the native convolutions on CUDA are for at most {_MOST_PIXELS} pixels, {_MOST_COLUMNS} in a row, got shape {tuple(shape)}"
     most = _faster_inputs(groups, stride)
     if inputs > most and not torch.is_grad_enabled() and backends._forced != "native":
