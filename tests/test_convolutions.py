@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sk_fused import functional
 from sk_fused.backends import native, reference
 from sk_fused.functional import ACTIVATIONS
 
@@ -249,6 +250,21 @@ def test_bad_operand_is_named(case: str):
     arguments = operands("8 a group")["branch"]
     with pytest.raises(error, match=says):
         native.branch(*arguments[:i], change(arguments[i]), *arguments[i + 1 :])
+
+
+def test_bad_argument_of_the_whole_unit_is_named():
+    x, weights, stride, dilations, groups, *_ = operands("8 a group")["unit"]
+    norm = functional.without_norm(64, x)
+    rest = stride, dilations, groups, [norm, norm], torch.randn(8, 64), functional.without_norm(8, x), torch.randn(128, 8)
+    for error, says, arguments in (
+        (ValueError, "x: .*64", (x[0], weights, *rest)),
+        (ValueError, "weights: .*dilations", (x, weights[:1], *rest)),
+        (ValueError, "weights: .*64, 8, 3", (x, [weights[0], weights[1][..., 0]], *rest)),
+    ):
+        with pytest.raises(error, match=says):
+            functional.convolved(*arguments, "relu", 0.0)
+    with pytest.raises(TypeError, match="s: .*int64"):
+        functional.attend(torch.zeros(2, 64, dtype=torch.int64), *rest[-3:])
 
 
 def test_bad_operand_of_the_backward_is_named():

@@ -56,6 +56,8 @@ def assert_as_exact(ours: Sequence[dict[str, Tensor]], theirs: Sequence[dict[str
     """The parity rule for what steps typically err, by the geometric mean of their errors. The largest error is that of the step
     that is conditioned worst, one draw again: of two such draws of ours one is often three times, and was six times, the other. Ten
     times is another step."""
+    for one, other, right in zip(ours, theirs, exact, strict=True):
+        assert {key: value.shape for key, value in one.items()} == {key: value.shape for key, value in right.items()} and one.keys() == other.keys()
     for name in exact[0]:
         if not exact[0][name].is_floating_point():
             assert all(torch.equal(one[name], other[name]) for one, other in zip(ours, theirs, strict=True)), name
