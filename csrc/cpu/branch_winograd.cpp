@@ -130,18 +130,23 @@ template <int kRows, int kVecs> SK_INLINE void multiply(const float* v, const fl
     for (int j = 0; j < kVecs; ++j) store(m + (r * kVecs + j) * L, sum[r][j]);
 }
 
-// du (kRows of the inputs, kVecs * L) += the sum over the tiles of v (tiles, inputs) and d (tiles, kVecs * L of outputs), summed
-// apart: a chain of additions as long as the batch would round away more.
+// du (kRows of the inputs, kVecs * L) += the sum over some tiles of v (tiles, inputs) and d (tiles, kVecs * L of outputs), summed
+// apart: a chain of additions as long as the batch would round away more. The tiles are those of `count`, of which the first is
+// number `tile` of its image of `tiles`, that are `wanted` ones of theirs.
 template <int kRows, int kVecs>
-SK_INLINE void multiply_transposed(const float* v, const float* d, int64_t tiles, int64_t inputs, int64_t outputs, float* du) {
+SK_INLINE void multiply_transposed(const float* v, const float* d, int64_t count, int64_t tile, int64_t tiles, const Range& wanted,
+                                   int64_t inputs, int64_t outputs, float* du) {
   constexpr int64_t L = kLanes<float>;
   Vec<float> sum[kRows][kVecs] = {};
-  for (int64_t t = 0; t < tiles; ++t) {
-    Vec<float> w[kVecs];
-    for (int j = 0; j < kVecs; ++j) w[j] = load(d + t * outputs + j * L);
+  for (int64_t image = -tile; image < count; image += tiles) {
+    const int64_t end = image + wanted.end < count ? image + wanted.end : count;
+    for (int64_t t = image + wanted.begin > 0 ? image + wanted.begin : 0; t < end; ++t) {
+      Vec<float> w[kVecs];
+      for (int j = 0; j < kVecs; ++j) w[j] = load(d + t * outputs + j * L);
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r)
-      for (int j = 0; j < kVecs; ++j) sum[r][j] += v[t * inputs + r] * w[j];
+      for (int r = 0; r < kRows; ++r)
+        for (int j = 0; j < kVecs; ++j) sum[r][j] += v[t * inputs + r] * w[j];
+    }
   }
   for (int r = 0; r < kRows; ++r)
     for (int j = 0; j < kVecs; ++j) {
@@ -247,14 +252,16 @@ SK_INLINE void convolve(const Branch<T>& branch, bool packed, int64_t image, int
   float* const m = u + s.kept * 16 * u_step;
   float* const side_by_side = m + 16 * m_step;
   const bool all_kept = s.kept * kChunk >= end - begin;
+  if (s.has_all_planes(images) && !packed)
+    for (int64_t i = 0; i < images; ++i) pack_input(branch, image + i, group, s.plane(scratch + i * plane_size, s.in, s.inputs));
   // The weights of the channels from here on are to be transformed next.
   int64_t next = begin;
-  for (TileOf start{s.tiles}; start.in_task < tiles; start += s.span) {
+  for (TileOf start{s.bands, images}; start.in_task < tiles; start += s.span) {
     const int64_t count = tiles - start.in_task < s.span ? tiles - start.in_task : s.span;
     TileOf in = start;
     for (int64_t t = 0; t < count; ++t, in += 1) {
       const Plane plane = s.plane(scratch + (s.planes > 1 ? in.image : 0) * plane_size, s.in, s.inputs);
-      if (in.tile == 0 && !packed) pack_input(branch, image + in.image, group, plane);
+      if (!s.has_all_planes(images) && in.tile == 0) pack_input(branch, image + in.image, group, plane);
       const Tile& tile = s.tile[in.tile];
       const float* const pixel = plane.row(tile.row - s.dilation) + (tile.column - s.dilation) * s.inputs;
       transform_inputs(pixel, s.dilation * plane.columns * s.inputs, s.dilation * s.inputs, s.inputs, v + t * s.inputs, v_step);
@@ -272,12 +279,15 @@ SK_INLINE void convolve(const Branch<T>& branch, bool packed, int64_t image, int
       TileOf out = start;
       for (int64_t from = 0; from < count; from += kTilesOfProduct) {
         const int64_t until = from + kTilesOfProduct < count ? from + kTilesOfProduct : count;
-        for (int64_t position = 0; position < 16; ++position)
-          for (int64_t t = from; t < until; t += kRows)
+        for (int64_t position = 0; position < 16; ++position) {
+          const Range wanted = s.bands.wanted(position);
+          const int64_t first = images * wanted.begin - start.in_task, last = images * wanted.end - start.in_task;
+          for (int64_t t = first > from ? first - (first - from) % kRows : from; t < until && t < last; t += kRows)
             multiply<kRows, kVecs>(v + position * v_step + t * s.inputs, of_chunk + position * u_step, s.inputs,
                                    m + position * m_step + (t - from) * kChunk);
+        }
         for (int64_t t = from, now; t < until; t += now, out += now) {
-          now = until - t < s.tiles - out.tile ? until - t : s.tiles - out.tile;
+          now = until - t < out.in_band() ? until - t : out.in_band();
           to(out.image, s.tile + out.tile, now, c, m + (t - from) * kChunk, m_step);
         }
       }
@@ -297,7 +307,7 @@ void convolve_tasks(const Branch<T>* branches, int64_t M, float* scratch, int64_
     const int64_t channels = end - begin;
     for (int64_t m = 0; m < M; ++m) {
       const Branch<T>& branch = branches[m];
-      const bool packed = m > 0 && branch.reads_as(branches[m - 1]) && s.planes >= images, add = m > 0 && branch.writes_as(branches[m - 1]);
+      const bool packed = m > 0 && branch.reads_as(branches[m - 1]) && s.has_all_planes(images), add = m > 0 && branch.writes_as(branches[m - 1]);
       T* const to = branch.out + s.out.offset(image, group * s.outputs + branch.convolution.first_output);
       if (s.out.channels_last) {
         convolve<kVecs>(branch, packed, image, images, group, begin, end, scratch,
@@ -329,7 +339,7 @@ void unit_branches_tasks(const Branch<T>* branches, int64_t M, const Blocks& blo
     for (int64_t i = 0; i < 2 * images; ++i)
       for (int64_t c = begin; c < end; ++c) pooled[i * channels + c] = 0;
     for (int64_t m = 0; m < M; ++m) {
-      const bool packed = m > 0 && branches[m].reads_as(branches[m - 1]) && s.planes >= images;
+      const bool packed = m > 0 && branches[m].reads_as(branches[m - 1]) && s.has_all_planes(images);
       float* const z = blocks.z + ((image * blocks.clusters + channel / kChunk) * M + m) * block_size;
       convolve<kVecs>(branches[m], packed, image, images, group, begin, end, scratch,
                       ToBlocks<kVecs, kAct>{{slope},
@@ -361,14 +371,15 @@ void weight_gradient_tasks(const Branch<T>* branches, int64_t width, float* part
     const int64_t part = task % tasks / (channels / width), channel = task % (channels / width) * width, group = channel / s.outputs;
     std::memset(du, 0, 16 * du_step * sizeof(float));
     const int64_t begin = part * s.B / s.parts, tiles = ((part + 1) * s.B / s.parts - begin) * s.tiles;
-    for (TileOf at{s.tiles}; at.in_task < tiles;) {
-      const int64_t count = tiles - at.in_task < s.span ? tiles - at.in_task : s.span;
-      for (int64_t t = 0; t < count; ++t, at += 1) {
-        if (at.tile == 0) {
-          pack(branch.x + s.in.offset(begin + at.image, s.first_input + group * s.inputs), s.in, s.inputs, inputs);
-          branch.pack_gradient(*branch.gradient, branch.m, s.out, begin + at.image, channel, gradients);
+    for (int64_t start = 0; start < tiles; start += s.span) {
+      const int64_t count = tiles - start < s.span ? tiles - start : s.span;
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t image = begin + (start + t) / s.tiles, in_image = (start + t) % s.tiles;
+        if (in_image == 0) {
+          pack(branch.x + s.in.offset(image, s.first_input + group * s.inputs), s.in, s.inputs, inputs);
+          branch.pack_gradient(*branch.gradient, branch.m, s.out, image, channel, gradients);
         }
-        const Tile& tile = s.tile[at.tile];
+        const Tile& tile = s.tile[in_image];
         const int64_t rows = s.dilation * inputs.columns, columns = s.dilation;
         transform_inputs(inputs.row(tile.row - columns) + (tile.column - columns) * s.inputs, rows * s.inputs, columns * s.inputs, s.inputs,
                          v + t * s.inputs, v_step);
@@ -377,7 +388,8 @@ void weight_gradient_tasks(const Branch<T>* branches, int64_t width, float* part
       for (int64_t position = 0; position < 16; ++position)
         for (int64_t c = 0; c < width; c += kChunk)
           for (int64_t i = 0; i < s.inputs; i += kTransposedRows)
-            multiply_transposed<kTransposedRows, kVecs>(v + position * v_step + i, d + position * d_step + c, count, s.inputs, width,
+            multiply_transposed<kTransposedRows, kVecs>(v + position * v_step + i, d + position * d_step + c, count, start % s.tiles,
+                                                        s.tiles, s.bands.wanted(position), s.inputs, width,
                                                         du + position * du_step + c * s.inputs + i * kChunk);
     }
     const int64_t row = s.inputs * 9;
@@ -403,13 +415,39 @@ struct Tile {
   int32_t row, column, pixel[4];
 };
 
-// The tiles of a task, one image's after the other's: which one of its image this is, and of which image.
+struct Range {
+  int64_t begin, end;
+};
+
+// Tiles at the right edge of a picture may have no second column, those at the bottom no second row, and these make no use of a
+// quarter of the products: an image's tiles are in bands, those with one column, whole ones, those with one row, those with
+// one output.
+struct Bands {
+  int64_t ends[4];
+  int64_t begin(int64_t band) const { return band == 0 ? 0 : ends[band - 1]; }
+  // The tiles that need the products of a position: those of the last row if they have a second row, of the last column likewise.
+  Range wanted(int64_t position) const {
+    const bool last_row = position / 4 == 3, last_column = position % 4 == 3;
+    return {last_column ? ends[0] : 0, last_row ? ends[1] : last_column ? ends[2] : ends[3]};
+  }
+};
+
+// The tiles of a task, band by band and image by image: which one of its image this is, and of which image.
 struct TileOf {
-  const int64_t tiles;
-  int64_t in_task = 0, tile = 0, image = 0;
+  const Bands& bands;
+  const int64_t images;
+  int64_t in_task = 0, band = 0, tile = 0, image = 0;
+  TileOf(const Bands& bands, int64_t images) : bands(bands), images(images) { *this += 0; }
+  // From here on, in this band of this image.
+  int64_t in_band() const { return bands.ends[band] - tile; }
   void operator+=(int64_t n) {
     in_task += n;
-    for (tile += n; tile >= tiles; tile -= tiles) ++image;
+    for (tile += n; band < 4 && in_band() <= 0; tile = bands.begin(band) + n) {
+      n = -in_band();
+      if (++image < images) continue;
+      image = 0;
+      ++band;
+    }
   }
 };
 
@@ -434,12 +472,15 @@ struct Winograd {
   // Tiles of an image.
   const Tile* tile;
   int64_t tiles;
+  Bands bands;
   // Tiles that are transformed at a time; chunks of output channels whose transformed weights are kept; images of a task, and how
   // many of them have a plane of their own; parts of the output channels, or of the batch.
   int64_t span, kept, images, planes, parts;
   // What transform_weights reads.
   int64_t channel_step, tap_step;
 
+  // Whether a task of so many images has them all packed at a time. Else they take turns, and so do their tiles.
+  bool has_all_planes(int64_t images) const { return planes >= images; }
   // Tiles may begin before the picture by one step and end up to two after it. A step is a dilation, at most the halo.
   int64_t plane_columns(const Picture& p) const { return p.W + 3 * halo; }
   int64_t plane_size(const Picture& p, int64_t channels) const { return (p.H + 3 * halo) * plane_columns(p) * channels; }
@@ -485,19 +526,32 @@ template <class T> struct Branch {
 
 namespace sk {
 
-static std::vector<Tile> tiles_of(const Picture& p, int64_t dilation) {
+// Of an image.
+struct Tiles {
   std::vector<Tile> tiles;
+  Bands bands;
+};
+
+static Tiles tiles_of(const Picture& p, int64_t dilation) {
+  std::vector<Tile> bands[4];
   for (int64_t first_row = 0; first_row < std::min(dilation, p.H); ++first_row)
     for (int64_t first_column = 0; first_column < std::min(dilation, p.W); ++first_column)
       for (int64_t row = first_row; row < p.H; row += 2 * dilation)
         for (int64_t column = first_column; column < p.W; column += 2 * dilation) {
-          Tile& tile = tiles.emplace_back(Tile{static_cast<int32_t>(row), static_cast<int32_t>(column), {}});
+          const bool two_rows = row + dilation < p.H, two_columns = column + dilation < p.W;
+          Tile& tile = bands[two_rows ? two_columns : 3 - two_columns].emplace_back(
+              Tile{static_cast<int32_t>(row), static_cast<int32_t>(column), {}});
           for (int i = 0; i < 4; ++i) {
             const int64_t y = row + i / 2 * dilation, x = column + i % 2 * dilation;
             tile.pixel[i] = y < p.H && x < p.W ? static_cast<int32_t>(y * p.W + x) : -1;
           }
         }
-  return tiles;
+  Tiles all;
+  for (int i = 0; i < 4; ++i) {
+    all.tiles.insert(all.tiles.end(), bands[i].begin(), bands[i].end());
+    all.bands.ends[i] = all.tiles.size();
+  }
+  return all;
 }
 
 // The transform of weights is worth it for this many tiles: images are taken together until they have them.
@@ -519,7 +573,7 @@ static void choose_what_is_kept(Winograd& w) {
   else w.span = std::max<int64_t>(kTilesOfWeights, 8192 / w.inputs);
 }
 
-static Winograd winograd_of(const Convolutions& s, int64_t m, const std::vector<Tile>& tiles) {
+static Winograd winograd_of(const Convolutions& s, int64_t m, const Tiles& tiles) {
   Winograd w{.in = s.in,
              .out = s.out,
              .B = s.B,
@@ -530,8 +584,9 @@ static Winograd winograd_of(const Convolutions& s, int64_t m, const std::vector<
              .first_output = 0,
              .dilation = s.dilation[m],
              .halo = s.halo};
-  w.tile = tiles.data();
-  w.tiles = tiles.size();
+  w.tile = tiles.tiles.data();
+  w.tiles = tiles.tiles.size();
+  w.bands = tiles.bands;
   choose_what_is_kept(w);
   w.channel_step = s.channel_step;
   w.tap_step = s.tap_step;
@@ -554,6 +609,8 @@ template <class T> static void cut(std::vector<Branch<T>>& branches, int64_t chu
     Winograd& w = branch.convolution;
     w.images = images;
     w.planes = bytes <= kPlanesBytes ? images : 1;
+    // One after the other, images have the products of all tiles made.
+    if (w.planes < images) w.bands = {0, w.tiles, w.tiles, w.tiles};
     w.parts = 1;
     const int64_t tasks = w.tasks();
     if (tasks < 4 * threads) w.parts = std::min(threads / std::gcd(tasks, threads), w.outputs / chunk);
@@ -582,16 +639,14 @@ template <class T> static void convolve(std::vector<Branch<T>> branches) {
   });
 }
 
-using Tiles = std::vector<std::vector<Tile>>;
-
-static Tiles tiles_of(const Convolutions& s) {
-  Tiles tiles;
+static std::vector<Tiles> tiles_of(const Convolutions& s) {
+  std::vector<Tiles> tiles;
   for (int64_t m = 0; m < s.M; ++m) tiles.push_back(tiles_of(s.out, s.dilation[m]));
   return tiles;
 }
 
 void branch_winograd(const Convolutions& s, const Tensor& x, TensorList weights, TensorList ys) {
-  const Tiles tiles = tiles_of(s);
+  const std::vector<Tiles> tiles = tiles_of(s);
   dispatch_convolution(x.scalar_type(), [&]<class T>() {
     std::vector<Branch<T>> branches;
     for (int64_t m = 0; m < s.M; ++m)
@@ -605,7 +660,7 @@ int64_t cluster_of_winograd(const Convolutions& s) { return chunk_of(s.outputs);
 
 void unit_branches_winograd(const Convolutions& s, const Tensor& x, TensorList weights, const float* scale, const Blocks& blocks,
                             c10::string_view activation, double negative_slope) {
-  const Tiles tiles = tiles_of(s);
+  const std::vector<Tiles> tiles = tiles_of(s);
   dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
     if constexpr (!std::is_same_v<T, double>) {
       std::vector<Branch<T>> branches;
@@ -675,7 +730,7 @@ void branch_winograd_backward(const Convolutions& s, const Tensor& g, const Tens
                               const Tensor& mean, const Tensor& scale, const Tensor& bias, const Tensor& a, const Tensor& t,
                               const Tensor& p, const Tensor& q, c10::string_view activation, double negative_slope, const Tensor& dx,
                               TensorList dweights) {
-  const Tiles tiles = tiles_of(s);
+  const std::vector<Tiles> tiles = tiles_of(s);
   dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
     if constexpr (!std::is_same_v<T, double>) {
       const Branches<T> operands(ys, mean, scale, bias, negative_slope);
