@@ -5,14 +5,15 @@
 
 #include "plane.h"
 
-// Tasks are (image, cluster, L pixels).
+// Tasks are (image, cluster, L pixels), in the order of the outputs.
 template <class T, Activation kAct>
 void select_tasks(const Blocks& blocks, const Picture& out, int64_t M, float slope, const float* a, T* v, int64_t first, int64_t last) {
   constexpr int64_t L = kLanes<float>;
   const Act<float, kAct> act{slope};
   const int64_t groups = (out.pixels() + L - 1) / L, in_image = groups * blocks.clusters;
   for (int64_t task = first; task < last; ++task) {
-    const int64_t b = task / in_image, cluster = task % in_image / groups, p = task % groups * L, pixels = clamp<L>(out.pixels() - p);
+    const int64_t b = task / in_image, i = task % in_image, cluster = out.channels_last ? i % blocks.clusters : i / groups,
+                  p = (out.channels_last ? i / blocks.clusters : i % groups) * L, pixels = clamp<L>(out.pixels() - p);
     const float* const z = blocks.z + (b * blocks.clusters + cluster) * M * out.pixels() * blocks.cluster;
     for (int64_t k = 0; k < blocks.cluster; k += L) {
       const int64_t c = cluster * blocks.cluster + k, lanes = clamp<L>(out.C - c);
