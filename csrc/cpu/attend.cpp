@@ -86,8 +86,7 @@ template <class A> void softmax_backward(const A* da, const A* a, A* dlogits, in
 
 #else
 
-#include "common.h"
-#include "operators.h"
+#include "attend.h"
 
 #include <cmath>
 
@@ -98,44 +97,30 @@ template <class A> void softmax_backward(const A* da, const A* a, A* dlogits, in
 
 namespace sk {
 
-// The parameters as they are computed with: (D, C), (D,), (D,), (M * C, D), contiguous and in the dtype of s.
-struct AttendParameters {
-  Tensor fc_reduce, weight, bias, fc_select;
-  int64_t D, M;
+static Tensor matrix(const Tensor& fc, const char* name, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(fc.dim() == 2 || (fc.dim() == 4 && fc.size(2) == 1 && fc.size(3) == 1), name,
+                    ": expected a matrix or the weight of a 1 x 1 convolution, got shape ", fc.sizes());
+  return fc.flatten(1).to(dtype).contiguous();
+}
 
-  AttendParameters(const Tensor& s, const Tensor& fc_reduce_, const std::optional<Tensor>& weight_, const std::optional<Tensor>& bias_,
-                   const Tensor& fc_select_) {
-    TORCH_CHECK_TYPE(s.scalar_type() == at::kFloat || s.scalar_type() == at::kDouble, "s: expected float32 or float64, got ",
-                     s.scalar_type());
-    TORCH_CHECK_VALUE(s.dim() == 2, "s: expected shape (B, C), got ", s.sizes());
-    const int64_t C = s.size(1);
-    check_array(s, "s", s.scalar_type(), {s.size(0), C});
-    fc_reduce = matrix(fc_reduce_, "fc_reduce", s);
-    fc_select = matrix(fc_select_, "fc_select", s);
-    D = fc_reduce.size(0);
-    TORCH_CHECK_VALUE(C > 0 && fc_select.size(0) > 0 && fc_select.size(0) % C == 0, "fc_select: expected a multiple of C = ", C,
-                      " rows, got ", fc_select.size(0));
-    M = fc_select.size(0) / C;
-    check_array(fc_reduce, "fc_reduce", s.scalar_type(), {D, C});
-    check_array(fc_select, "fc_select", s.scalar_type(), {M * C, D});
-    weight = weight_ ? vector(*weight_, "weight", s) : at::ones({D}, s.options());
-    bias = bias_ ? vector(*bias_, "bias", s) : at::zeros({D}, s.options());
-  }
+Attention::Attention(at::ScalarType dtype, int64_t C, const Tensor& fc_reduce_, const std::optional<Tensor>& weight_,
+                     const std::optional<Tensor>& bias_, const Tensor& fc_select_)
+    : dtype(dtype), C(C), fc_reduce(matrix(fc_reduce_, "fc_reduce", dtype)), fc_select(matrix(fc_select_, "fc_select", dtype)) {
+  D = fc_reduce.size(0);
+  TORCH_CHECK_VALUE(C > 0 && fc_select.size(0) > 0 && fc_select.size(0) % C == 0, "fc_select: expected a multiple of C = ", C,
+                    " rows, got ", fc_select.size(0));
+  M = fc_select.size(0) / C;
+  check_array(fc_reduce, "fc_reduce", dtype, {D, C});
+  check_array(fc_select, "fc_select", dtype, {M * C, D});
+  weight = weight_ ? vector(*weight_, "weight", D) : at::ones({D}, fc_reduce.options());
+  bias = bias_ ? vector(*bias_, "bias", D) : at::zeros({D}, fc_reduce.options());
+}
 
-  Tensor vector(const Tensor& t, const char* name, const Tensor& s) const { return vector(t, name, s, D); }
-  Tensor vector(const Tensor& t, const char* name, const Tensor& s, int64_t length) const {
-    const Tensor converted = t.to(s.scalar_type()).contiguous();
-    check_array(converted, name, s.scalar_type(), {length});
-    return converted;
-  }
-
- private:
-  static Tensor matrix(const Tensor& fc, const char* name, const Tensor& s) {
-    TORCH_CHECK_VALUE(fc.dim() == 2 || (fc.dim() == 4 && fc.size(2) == 1 && fc.size(3) == 1), name,
-                      ": expected a matrix or the weight of a 1 x 1 convolution, got shape ", fc.sizes());
-    return fc.flatten(1).to(s.scalar_type()).contiguous();
-  }
-};
+Tensor Attention::vector(const Tensor& t, const char* name, int64_t length) const {
+  const Tensor converted = t.to(dtype).contiguous();
+  check_array(converted, name, dtype, {length});
+  return converted;
+}
 
 // The batch-norm and activation of column d.
 template <class A> struct Column {
@@ -150,12 +135,9 @@ template <class A> struct Column {
 
 // s (B, C) from the parts of its sum, (B, P, C).
 static Tensor descriptor(const Tensor& pooled, int64_t pixels) {
-  check_pooled(pooled, pixels);
-  const auto dtype = pooled.scalar_type();
   const int64_t B = pooled.size(0), P = pooled.size(1), C = pooled.size(2);
-  check_array(pooled, "pooled", dtype, {B, P, C});
   const Tensor s = at::zeros({B, C}, pooled.options());
-  dispatch_accumulate(dtype, [&]<class A>() {
+  dispatch_accumulate(pooled.scalar_type(), [&]<class A>() {
     const A* part = pooled.const_data_ptr<A>();
     for (int64_t b = 0; b < B; ++b) {
       A* const out = s.mutable_data_ptr<A>() + b * C;
@@ -182,25 +164,16 @@ static Tensor product(const Tensor& x, const Tensor& w, const std::optional<Tens
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_cpu(const Tensor& pooled, int64_t pixels, const Tensor& fc_reduce,
-                                                              const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                                                              const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
-                                                              double eps, c10::string_view activation, double negative_slope,
-                                                              const Tensor& fc_select, const std::optional<Tensor>& select_bias) {
-  const Tensor s = descriptor(pooled, pixels);
-  const double slope = hidden_slope(activation, negative_slope);
-  const AttendParameters parameters(s, fc_reduce, weight, bias, fc_select);
-  const int64_t B = s.size(0), C = s.size(1), D = parameters.D, M = parameters.M;
-  TORCH_CHECK_VALUE(mean.has_value() == var.has_value(), "mean, var: expected both or neither, got only one");
-  const Tensor reduced = product(s, parameters.fc_reduce, std::nullopt);
-  const Tensor mean_out = mean ? parameters.vector(*mean, "mean", s).clone() : at::empty({D}, s.options());
-  const Tensor var_out = var ? parameters.vector(*var, "var", s).clone() : at::empty({D}, s.options());
+Attended Attention::attend(const Tensor& pooled, int64_t pixels, bool of_batch, const Tensor& mean, const Tensor& var, double eps,
+                           double slope, const std::optional<Tensor>& select_bias) const {
+  const Tensor s = descriptor(pooled, pixels), reduced = product(s, fc_reduce, std::nullopt);
+  const int64_t B = s.size(0);
   const Tensor h = at::empty({B, D}, s.options());
-  dispatch_accumulate(s.scalar_type(), [&]<class A>() {
+  dispatch_accumulate(dtype, [&]<class A>() {
     const A* const x = reduced.const_data_ptr<A>();
-    A *const m = mean_out.data_ptr<A>(), *const v = var_out.data_ptr<A>(), *const out = h.data_ptr<A>();
+    A *const m = mean.data_ptr<A>(), *const v = var.data_ptr<A>(), *const out = h.data_ptr<A>();
     for (int64_t d = 0; d < D; ++d) {
-      if (!mean) {
+      if (of_batch) {
         double total = 0, squares = 0;
         for (int64_t b = 0; b < B; ++b) total += x[b * D + d];
         const double average = total / B;
@@ -208,18 +181,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_cpu(const Tensor& pool
         m[d] = static_cast<A>(average);
         v[d] = static_cast<A>(squares / B);
       }
-      const Column<A> column{m[d], A(1) / std::sqrt(v[d] + static_cast<A>(eps)), parameters.weight.const_data_ptr<A>()[d],
-                             parameters.bias.const_data_ptr<A>()[d], static_cast<A>(slope)};
+      const Column<A> column{m[d], A(1) / std::sqrt(v[d] + static_cast<A>(eps)), weight.const_data_ptr<A>()[d],
+                             bias.const_data_ptr<A>()[d], static_cast<A>(slope)};
       for (int64_t b = 0; b < B; ++b) out[b * D + d] = column.act(x[b * D + d]);
     }
   });
   std::optional<Tensor> added;
-  if (select_bias) added = parameters.vector(*select_bias, "select_bias", s, M * C);
-  const Tensor a = product(h, parameters.fc_select, added).view({B, M, C});
-  dispatch_accumulate(s.scalar_type(), [&]<class A>() {
+  if (select_bias) added = vector(*select_bias, "select_bias", M * C);
+  const Tensor a = product(h, fc_select, added).view({B, M, C});
+  dispatch_accumulate(dtype, [&]<class A>() {
     const auto kernel = SK_PICK(softmax<A>);
     at::parallel_for(0, B, grain(8 * M * C), [&](int64_t first, int64_t last) { kernel(a.data_ptr<A>(), M, C, first, last); });
   });
+  return {a, s, reduced};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_cpu(const Tensor& pooled, int64_t pixels, const Tensor& fc_reduce,
+                                                              const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                                                              const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
+                                                              double eps, c10::string_view activation, double negative_slope,
+                                                              const Tensor& fc_select, const std::optional<Tensor>& select_bias) {
+  check_pooled(pooled, pixels);
+  check_array(pooled, "pooled", pooled.scalar_type(), pooled.sizes());
+  const double slope = hidden_slope(activation, negative_slope);
+  const Attention attention(pooled.scalar_type(), pooled.size(2), fc_reduce, weight, bias, fc_select);
+  TORCH_CHECK_VALUE(mean.has_value() == var.has_value(), "mean, var: expected both or neither, got only one");
+  const auto statistic = [&](const std::optional<Tensor>& given, const char* name) {
+    return given ? attention.vector(*given, name, attention.D).clone() : at::empty({attention.D}, pooled.options());
+  };
+  const Tensor mean_out = statistic(mean, "mean"), var_out = statistic(var, "var");
+  const auto [a, s, reduced] = attention.attend(pooled, pixels, !mean, mean_out, var_out, eps, slope, select_bias);
   return {a, s, reduced, mean_out, var_out};
 }
 
@@ -228,8 +219,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attend_backward_cpu(
     const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& var, double eps, bool training, c10::string_view activation,
     double negative_slope, const Tensor& fc_select) {
   const double negative = hidden_slope(activation, negative_slope);
-  const AttendParameters parameters(s, fc_reduce, weight, bias, fc_select);
-  const int64_t B = s.size(0), C = s.size(1), D = parameters.D, M = parameters.M;
+  TORCH_CHECK_TYPE(s.scalar_type() == at::kFloat || s.scalar_type() == at::kDouble, "s: expected float32 or float64, got ",
+                   s.scalar_type());
+  TORCH_CHECK_VALUE(s.dim() == 2, "s: expected shape (B, C), got ", s.sizes());
+  check_array(s, "s", s.scalar_type(), s.sizes());
+  const int64_t B = s.size(0), C = s.size(1);
+  const Attention parameters(s.scalar_type(), C, fc_reduce, weight, bias, fc_select);
+  const int64_t D = parameters.D, M = parameters.M;
   check_array(da, "da", s.scalar_type(), {B, M, C});
   check_array(a, "a", s.scalar_type(), {B, M, C});
   check_array(reduced, "reduced", s.scalar_type(), {B, D});

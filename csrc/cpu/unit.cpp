@@ -5,15 +5,17 @@
 
 #include "plane.h"
 
-// Tasks are (image, cluster, L pixels), in the order of the outputs.
+// Tasks are (image, cluster, L pixels), or, where the outputs of a cluster would be scattered over a page for every pixel or two,
+// (image, L pixels, cluster).
 template <class T, Activation kAct>
 void select_tasks(const Blocks& blocks, const Picture& out, int64_t M, float slope, const float* a, T* v, int64_t first, int64_t last) {
   constexpr int64_t L = kLanes<float>;
+  const bool by_pixels = out.channels_last && out.C * sizeof(T) >= 2048;
   const Act<float, kAct> act{slope};
   const int64_t groups = (out.pixels() + L - 1) / L, in_image = groups * blocks.clusters;
   for (int64_t task = first; task < last; ++task) {
-    const int64_t b = task / in_image, i = task % in_image, cluster = out.channels_last ? i % blocks.clusters : i / groups,
-                  p = (out.channels_last ? i / blocks.clusters : i % groups) * L, pixels = clamp<L>(out.pixels() - p);
+    const int64_t b = task / in_image, i = task % in_image, cluster = by_pixels ? i % blocks.clusters : i / groups,
+                  p = (by_pixels ? i / blocks.clusters : i % groups) * L, pixels = clamp<L>(out.pixels() - p);
     const float* const z = blocks.z + (b * blocks.clusters + cluster) * M * out.pixels() * blocks.cluster;
     for (int64_t k = 0; k < blocks.cluster; k += L) {
       const int64_t c = cluster * blocks.cluster + k, lanes = clamp<L>(out.C - c);
@@ -32,6 +34,7 @@ void select_tasks(const Blocks& blocks, const Picture& out, int64_t M, float slo
 
 #else
 
+#include "attend.h"
 #include "convolutions.h"
 
 #define SK_KERNELS "unit.cpp"
@@ -50,7 +53,9 @@ Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArra
   const auto [mean, r, scale, bias] = fold(norm_weights, norm_biases, means, variances, eps, at::kFloat);
   for (const auto& [name, array] : {std::pair<const char*, const Tensor&>{"mean", mean}, {"scale", scale}, {"bias", bias}})
     check_array(array, name, at::kFloat, {s.M, s.out.C});
-  TORCH_CHECK_VALUE(fc_select.size(0) == s.M * s.out.C, "fc_select: expected ", s.M, " * ", s.out.C, " rows, got ", fc_select.size(0));
+  const Attention attention(at::kFloat, s.out.C, fc_reduce, attn_weight, attn_bias, fc_select);
+  TORCH_CHECK_VALUE(attention.M == s.M, "fc_select: expected ", s.M, " * ", s.out.C, " rows, got ", fc_select.size(0));
+  const Tensor of_attention[] = {attention.vector(attn_mean, "attn_mean", attention.D), attention.vector(attn_var, "attn_var", attention.D)};
   // Of the branches in flight.
   const int64_t bytes = at::get_num_threads() * kCacheBytes;
   const int64_t most = std::clamp<int64_t>(bytes / (s.M * s.out.C * s.out.pixels() * 4), 1, s.B);
@@ -69,8 +74,7 @@ Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArra
     if (s.winograd()) unit_branches_winograd(part, of_part, weights, scale.const_data_ptr<float>(), blocks, activation, negative_slope);
     else unit_branches_direct(part, of_part, packed, blocks, activation, negative_slope);
     const Tensor sums = pooled.narrow(0, 0, part.B).narrow(2, 0, s.out.C).contiguous();
-    const Tensor a = std::get<0>(attend_cpu(sums, s.out.pixels(), fc_reduce, attn_weight, attn_bias, attn_mean, attn_var, attn_eps, "relu",
-                                            0, fc_select, std::nullopt));
+    const Tensor a = attention.attend(sums, s.out.pixels(), false, of_attention[0], of_attention[1], attn_eps, 0, std::nullopt).a;
     dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
       if constexpr (!std::is_same_v<T, double>) {
         const int64_t L = SK_PICK(lanes)(), tasks = part.B * ((s.out.pixels() + L - 1) / L) * clusters;
