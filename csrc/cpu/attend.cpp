@@ -133,68 +133,46 @@ template <class A> struct Column {
   A gate(A x, A g) const { return normalized(x) * weight + bias <= 0 ? (slope == 0 ? A(0) : slope * g) : g; }
 };
 
-// s (B, C) from the parts of its sum, (B, P, C).
-static Tensor descriptor(const Tensor& pooled, int64_t pixels) {
-  const int64_t B = pooled.size(0), P = pooled.size(1), C = pooled.size(2);
-  const Tensor s = at::zeros({B, C}, pooled.options());
-  dispatch_accumulate(pooled.scalar_type(), [&]<class A>() {
-    const A* part = pooled.const_data_ptr<A>();
-    for (int64_t b = 0; b < B; ++b) {
-      A* const out = s.mutable_data_ptr<A>() + b * C;
-      for (int64_t i = 0; i < P; ++i, part += C)
-        for (int64_t c = 0; c < C; ++c) out[c] += part[c];
-      for (int64_t c = 0; c < C; ++c) out[c] /= static_cast<A>(pixels);
-    }
-  });
-  return s;
+// out (B, N) = x (B, K) . w (N, K)^T + bias (N,).
+template <class A> static void product(const A* x, const Tensor& w, const A* bias, int64_t B, A* out) {
+  const int64_t N = w.size(0), K = w.size(1), L = SK_PICK(lanes)() * sizeof(float) / sizeof(A);
+  const A* const rows = w.const_data_ptr<A>();
+  const auto kernel = SK_PICK(product_tasks<A>);
+  at::parallel_for(0, (N + L - 1) / L, grain(B * K * L / 8),
+                   [&](int64_t first, int64_t last) { kernel(x, rows, bias, B, N, K, out, first, last); });
 }
 
-// x (B, K) . w (N, K)^T + bias (N,).
-static Tensor product(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias) {
-  const int64_t B = x.size(0), N = w.size(0), K = w.size(1);
-  const Tensor out = at::empty({B, N}, x.options());
-  dispatch_accumulate(x.scalar_type(), [&]<class A>() {
-    const int64_t L = SK_PICK(lanes)() * sizeof(float) / sizeof(A);
-    const auto kernel = SK_PICK(product_tasks<A>);
-    at::parallel_for(0, (N + L - 1) / L, grain(B * K * L / 8), [&](int64_t first, int64_t last) {
-      kernel(x.const_data_ptr<A>(), w.const_data_ptr<A>(), bias ? bias->const_data_ptr<A>() : nullptr, B, N, K, out.data_ptr<A>(), first,
-             last);
-    });
-  });
-  return out;
+template <class A> void Attention::attend(const Attended<A>& of, const A* pooled, int64_t parts, int64_t step, int64_t pixels, bool of_batch,
+                                          A* mean, A* var, double eps, double slope, const A* select_bias) const {
+  const int64_t B = of.B;
+  std::fill_n(of.s, B * C, A(0));
+  for (int64_t b = 0; b < B; ++b) {
+    A* const s = of.s + b * C;
+    for (int64_t i = 0; i < parts; ++i, pooled += step)
+      for (int64_t c = 0; c < C; ++c) s[c] += pooled[c];
+    for (int64_t c = 0; c < C; ++c) s[c] /= static_cast<A>(pixels);
+  }
+  product<A>(of.s, fc_reduce, nullptr, B, of.reduced);
+  const A *const x = of.reduced, *const weights = weight.const_data_ptr<A>(), *const biases = bias.const_data_ptr<A>();
+  for (int64_t d = 0; d < D; ++d) {
+    if (of_batch) {
+      double total = 0, squares = 0;
+      for (int64_t b = 0; b < B; ++b) total += x[b * D + d];
+      const double average = total / B;
+      for (int64_t b = 0; b < B; ++b) squares += (x[b * D + d] - average) * (x[b * D + d] - average);
+      mean[d] = static_cast<A>(average);
+      var[d] = static_cast<A>(squares / B);
+    }
+    const Column<A> column{mean[d], A(1) / std::sqrt(var[d] + static_cast<A>(eps)), weights[d], biases[d], static_cast<A>(slope)};
+    for (int64_t b = 0; b < B; ++b) of.h[b * D + d] = column.act(x[b * D + d]);
+  }
+  product<A>(of.h, fc_select, select_bias, B, of.a);
+  const auto kernel = SK_PICK(softmax<A>);
+  at::parallel_for(0, B, grain(8 * M * C), [&](int64_t first, int64_t last) { kernel(of.a, M, C, first, last); });
 }
 
-Attended Attention::attend(const Tensor& pooled, int64_t pixels, bool of_batch, const Tensor& mean, const Tensor& var, double eps,
-                           double slope, const std::optional<Tensor>& select_bias) const {
-  const Tensor s = descriptor(pooled, pixels), reduced = product(s, fc_reduce, std::nullopt);
-  const int64_t B = s.size(0);
-  const Tensor h = at::empty({B, D}, s.options());
-  dispatch_accumulate(dtype, [&]<class A>() {
-    const A* const x = reduced.const_data_ptr<A>();
-    A *const m = mean.data_ptr<A>(), *const v = var.data_ptr<A>(), *const out = h.data_ptr<A>();
-    for (int64_t d = 0; d < D; ++d) {
-      if (of_batch) {
-        double total = 0, squares = 0;
-        for (int64_t b = 0; b < B; ++b) total += x[b * D + d];
-        const double average = total / B;
-        for (int64_t b = 0; b < B; ++b) squares += (x[b * D + d] - average) * (x[b * D + d] - average);
-        m[d] = static_cast<A>(average);
-        v[d] = static_cast<A>(squares / B);
-      }
-      const Column<A> column{m[d], A(1) / std::sqrt(v[d] + static_cast<A>(eps)), weight.const_data_ptr<A>()[d],
-                             bias.const_data_ptr<A>()[d], static_cast<A>(slope)};
-      for (int64_t b = 0; b < B; ++b) out[b * D + d] = column.act(x[b * D + d]);
-    }
-  });
-  std::optional<Tensor> added;
-  if (select_bias) added = vector(*select_bias, "select_bias", M * C);
-  const Tensor a = product(h, fc_select, added).view({B, M, C});
-  dispatch_accumulate(dtype, [&]<class A>() {
-    const auto kernel = SK_PICK(softmax<A>);
-    at::parallel_for(0, B, grain(8 * M * C), [&](int64_t first, int64_t last) { kernel(a.data_ptr<A>(), M, C, first, last); });
-  });
-  return {a, s, reduced};
-}
+template void Attention::attend<float>(const Attended<float>&, const float*, int64_t, int64_t, int64_t, bool, float*, float*, double, double,
+                                       const float*) const;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_cpu(const Tensor& pooled, int64_t pixels, const Tensor& fc_reduce,
                                                               const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
@@ -202,15 +180,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_cpu(const Tensor& pool
                                                               double eps, c10::string_view activation, double negative_slope,
                                                               const Tensor& fc_select, const std::optional<Tensor>& select_bias) {
   check_pooled(pooled, pixels);
-  check_array(pooled, "pooled", pooled.scalar_type(), pooled.sizes());
+  const int64_t B = pooled.size(0), P = pooled.size(1), C = pooled.size(2);
+  check_array(pooled, "pooled", pooled.scalar_type(), {B, P, C});
   const double slope = hidden_slope(activation, negative_slope);
-  const Attention attention(pooled.scalar_type(), pooled.size(2), fc_reduce, weight, bias, fc_select);
+  const Attention attention(pooled.scalar_type(), C, fc_reduce, weight, bias, fc_select);
+  const int64_t D = attention.D, M = attention.M;
   TORCH_CHECK_VALUE(mean.has_value() == var.has_value(), "mean, var: expected both or neither, got only one");
   const auto statistic = [&](const std::optional<Tensor>& given, const char* name) {
-    return given ? attention.vector(*given, name, attention.D).clone() : at::empty({attention.D}, pooled.options());
+    return given ? attention.vector(*given, name, D).clone() : at::empty({D}, pooled.options());
   };
   const Tensor mean_out = statistic(mean, "mean"), var_out = statistic(var, "var");
-  const auto [a, s, reduced] = attention.attend(pooled, pixels, !mean, mean_out, var_out, eps, slope, select_bias);
+  const Tensor added = select_bias ? attention.vector(*select_bias, "select_bias", M * C) : Tensor();
+  const auto array = [&](at::IntArrayRef shape) { return at::empty(shape, pooled.options()); };
+  const Tensor a = array({B, M, C}), s = array({B, C}), reduced = array({B, D}), h = array({B, D});
+  dispatch_accumulate(attention.dtype, [&]<class A>() {
+    const Attended<A> of{B, s.data_ptr<A>(), reduced.data_ptr<A>(), h.data_ptr<A>(), a.data_ptr<A>()};
+    attention.attend(of, pooled.const_data_ptr<A>(), P, C, pixels, !mean, mean_out.data_ptr<A>(), var_out.data_ptr<A>(), eps, slope,
+                     select_bias ? added.const_data_ptr<A>() : nullptr);
+  });
   return {a, s, reduced, mean_out, var_out};
 }
 

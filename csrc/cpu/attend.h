@@ -6,8 +6,10 @@
 
 namespace sk {
 
-struct Attended {
-  Tensor a, s, reduced;
+// Of B images the descriptors (B, C), these reduced (B, D), normalized and activated (B, D), and the attention (B, M, C).
+template <class A> struct Attended {
+  int64_t B;
+  A *s, *reduced, *h, *a;
 };
 
 // The parameters as they are computed with, contiguous and of one dtype: (D, C), (M * C, D), (D,), (D,).
@@ -20,9 +22,9 @@ struct Attention {
             const std::optional<Tensor>& bias, const Tensor& fc_select);
   // t in that dtype, checked.
   Tensor vector(const Tensor& t, const char* name, int64_t length) const;
-  // Of pooled (B, P, C), contiguous and of that dtype; mean and var (D,) are written if they are those of the batch.
-  Attended attend(const Tensor& pooled, int64_t pixels, bool of_batch, const Tensor& mean, const Tensor& var, double eps, double slope,
-                  const std::optional<Tensor>& select_bias) const;
+  // From `parts` of the sums of an image, (C,) each and `step` apart. mean and var (D,) are written if they are those of the batch.
+  template <class A> void attend(const Attended<A>& of, const A* pooled, int64_t parts, int64_t step, int64_t pixels, bool of_batch, A* mean,
+                                 A* var, double eps, double slope, const A* select_bias) const;
 };
 
 }  // namespace sk

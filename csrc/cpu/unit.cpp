@@ -55,7 +55,8 @@ Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArra
     check_array(array, name, at::kFloat, {s.M, s.out.C});
   const Attention attention(at::kFloat, s.out.C, fc_reduce, attn_weight, attn_bias, fc_select);
   TORCH_CHECK_VALUE(attention.M == s.M, "fc_select: expected ", s.M, " * ", s.out.C, " rows, got ", fc_select.size(0));
-  const Tensor of_attention[] = {attention.vector(attn_mean, "attn_mean", attention.D), attention.vector(attn_var, "attn_var", attention.D)};
+  const Tensor attn_mean_in = attention.vector(attn_mean, "attn_mean", attention.D),
+               attn_var_in = attention.vector(attn_var, "attn_var", attention.D);
   // Of the branches in flight.
   const int64_t bytes = at::get_num_threads() * kCacheBytes;
   const int64_t most = std::clamp<int64_t>(bytes / (s.M * s.out.C * s.out.pixels() * 4), 1, s.B);
@@ -67,20 +68,22 @@ Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArra
   const Tensor z = scratch_of(kept_for_blocks, images * values, bytes), pooled = at::empty({images, 2, channels}, at::kFloat);
   const Blocks blocks{clusters, cluster, shift.const_data_ptr<float>(), z.data_ptr<float>(), pooled.data_ptr<float>()};
   const Tensor packed = s.winograd() ? Tensor() : pack_weights(s, weights, channels, scale.const_data_ptr<float>()), v = output_like(s, x);
+  std::vector<float> descriptors(images * s.out.C), reduced(images * attention.D), hidden(images * attention.D), a(images * s.M * s.out.C);
   for (int64_t image = 0; image < s.B; image += images) {
     Convolutions part = s;
     part.B = std::min(images, s.B - image);
     const Tensor of_part = x.narrow(0, image, part.B);
     if (s.winograd()) unit_branches_winograd(part, of_part, weights, scale.const_data_ptr<float>(), blocks, activation, negative_slope);
     else unit_branches_direct(part, of_part, packed, blocks, activation, negative_slope);
-    const Tensor sums = pooled.narrow(0, 0, part.B).narrow(2, 0, s.out.C).contiguous();
-    const Tensor a = attention.attend(sums, s.out.pixels(), false, of_attention[0], of_attention[1], attn_eps, 0, std::nullopt).a;
+    const Attended<float> of{part.B, descriptors.data(), reduced.data(), hidden.data(), a.data()};
+    attention.attend<float>(of, blocks.pooled, 2, channels, s.out.pixels(), false, attn_mean_in.data_ptr<float>(), attn_var_in.data_ptr<float>(), attn_eps, 0,
+                            nullptr);
     dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
       if constexpr (!std::is_same_v<T, double>) {
         const int64_t L = SK_PICK(lanes)(), tasks = part.B * ((s.out.pixels() + L - 1) / L) * clusters;
         const auto kernel = SK_PICK(select_tasks<T, kAct>);
         at::parallel_for(0, tasks, grain(s.M * L * cluster), [&](int64_t first, int64_t last) {
-          kernel(blocks, s.out, s.M, static_cast<float>(negative_slope), a.const_data_ptr<float>(),
+          kernel(blocks, s.out, s.M, static_cast<float>(negative_slope), a.data(),
                  v.data_ptr<T>() + s.out.offset(image, 0), first, last);
         });
       }
