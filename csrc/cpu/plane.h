@@ -76,15 +76,21 @@ SK_INLINE void add_precisely(float* sum, float* missed, Vec<float> value) {
   store(missed, load(missed) + ((before - (after - added)) + (value - added)));
 }
 
-// At most L pixels of at most L channels, a vector each: from and to the channels at `image`, pixel p and on.
+// At most L pixels of at most L channels, a vector each: from and to the channels at `image`, pixel p and on. Where a pixel's channels
+// lie side by side, so few of them are no order that the hardware foresees: later pixels are fetched, and what is `ahead`, the same
+// pixels for the next task.
 template <class T>
-SK_INLINE void load_pixels(const T* image, const Picture& s, int64_t p, int64_t pixels, int64_t channels, Vec<float> (&v)[kLanes<float>]) {
+SK_INLINE void load_pixels(const T* image, const Picture& s, int64_t p, int64_t pixels, int64_t channels, Vec<float> (&v)[kLanes<float>],
+                           int64_t ahead = kLanes<float>) {
   constexpr int L = kLanes<float>;
   const T* const from = image + p * (s.channels_last ? s.C : 1);
   const int64_t step = s.channels_last ? s.C : s.pixels(), rows = s.channels_last ? pixels : channels,
                 columns = s.channels_last ? channels : pixels;
   if (s.channels_last)
-    for (int i = 0; i < L; ++i) __builtin_prefetch(from + (2 * L + i) * step);
+    for (int i = 0; i < L; ++i) {
+      __builtin_prefetch(from + (2 * L + i) * step);
+      __builtin_prefetch(from + i * step + ahead, 0, 2);
+    }
   if (rows == L && columns == L)
     for (int i = 0; i < L; ++i) v[i] = load(from + i * step);
   else if (columns == L)
@@ -120,7 +126,7 @@ template <class T> SK_INLINE void pack(const T* image, const Picture& s, int64_t
     Walk walk = start;
     for (int64_t k = 0; k < to.channels; k += L) {
       Vec<float> v[L];
-      load_pixels(image + k * s.channel_step(), s, p, pixels, clamp<L>(channels - k), v);
+      load_pixels(image + k * s.channel_step(), s, p, pixels, clamp<L>(channels - k), v, to.channels);
       walk = start;
       for (int i = 0; i < pixels; ++i) store(walk.next() + k, v[i]);
     }
@@ -143,8 +149,8 @@ void pack_gradient(const Gradient<T>& d, int64_t m, const Picture& s, int64_t b,
     for (int64_t pixel = 0; pixel < s.pixels(); pixel += L) {
       const int64_t pixels = clamp<L>(s.pixels() - pixel);
       Vec<float> y[L], g[L];
-      load_pixels(v.y[m] + from, s, pixel, pixels, lanes, y);
-      load_pixels(d.g + from, s, pixel, pixels, lanes, g);
+      load_pixels(v.y[m] + from, s, pixel, pixels, lanes, y, to.channels);
+      load_pixels(d.g + from, s, pixel, pixels, lanes, g, to.channels);
       for (int i = 0; i < pixels; ++i) {
         const Vec<float> centred = y[i] - mean;
         const Vec<float> dz = act.gate(centred * scale + bias, a * g[i] + t);
