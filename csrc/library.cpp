@@ -12,7 +12,11 @@ static const std::vector<at::Tag> kTags = {at::Tag::pt2_compliant_tag, at::Tag::
 
 TORCH_LIBRARY(sk_fused, m) {
   m.def("branch_statistics(Tensor[] ys) -> (Tensor mean, Tensor var)", kTags);
-  m.def("branch(Tensor x, Tensor[] weights, int stride, int[] dilations, int groups) -> (Tensor[] ys, Tensor mean, Tensor var)", kTags);
+  // Without statistics mean and var are empty.
+  m.def(
+      "branch(Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, bool statistics=True)"
+      " -> (Tensor[] ys, Tensor mean, Tensor var)",
+      kTags);
   m.def(
       "branch_backward(Tensor g, Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, Tensor[] ys, Tensor mean, Tensor scale,"
       " Tensor bias, Tensor a, Tensor t, Tensor p, Tensor q, str activation, float negative_slope, bool[2] needs)"

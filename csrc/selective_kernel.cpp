@@ -131,7 +131,7 @@ Made forward(const Call& call, const Statistics& running, TensorList all, bool n
                             *running.attn_mean, *running.attn_var, call.attn_norm.eps, leaves.attn[3], act, slope);
       return made;
     }
-    std::tie(made.ys, batch_mean, batch_var) = op.branch.call(x, kernels, stride, dilations, groups);
+    std::tie(made.ys, batch_mean, batch_var) = op.branch.call(x, kernels, stride, dilations, groups, call.norms.training);
   } else {
     made.ys = in_one_layout(leaves.tensors);
     if (call.norms.training) std::tie(batch_mean, batch_var) = op.branch_statistics.call(made.ys);

@@ -339,7 +339,7 @@ class _SelectiveKernel(torch.autograd.Function):
                 fc_reduce, *affine, fc_select, _ = attn
                 attention = fc_reduce, *affine, attn_norm.running_mean, attn_norm.running_var, attn_norm.eps, fc_select
                 return backend.unit(x, kernels, *convolution, *branch_norms, *attention, *act),
-            ys, *statistics = backend.branch(x, kernels, *convolution)
+            ys, *statistics = backend.branch(x, kernels, *convolution, training)
             if training:
                 means, variances = statistics
         B, _, H, W = ys[0].shape

@@ -177,7 +177,7 @@ def test_opcheck(dtype: torch.dtype, layout: str):
     ys = [torch.randn(B, C, 4, 3).to(dtype=dtype, memory_format=LAYOUTS[layout]) for _ in range(M)]
     for operator, arguments in {
         native.squeeze: (ys, *norms, *act, 3),
-        native.branch: (x, *convolution),
+        native.branch: (x, *convolution, False),
         native.branch_backward: (ys[0] + 1, x, *convolution, ys, mean, scale, bias, a, t, p, q, *act, (True, False)),
         native.unit: (x, *convolution, *norms, fc_reduce, weight, None, attn_mean, attn_var, 1e-5, fc_select, *act),
         native.attend: (s[:, None], 1, fc_reduce, None, attn_bias.to(dtype), None, None, 1e-5, *act, fc_select, None),

@@ -209,6 +209,14 @@ def test_statistics_where_the_mean_is_far_larger(case: str):
     torch.testing.assert_close(var.double(), torch.stack([v for _, v in exact]), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("case", ["8 a group", "dense, whole"])
+def test_statistics_that_nobody_wants_are_empty(case: str):
+    arguments = operands(case)["branch"]
+    (ys, *_), (alone, *statistics) = native.branch(*arguments), native.branch(*arguments, False)
+    assert all(torch.equal(y, other) for y, other in zip(ys, alone, strict=True))
+    assert [statistic.shape for statistic in statistics] == [(0,), (0,)]
+
+
 @pytest.mark.parametrize("case", LARGE_MAPS)
 def test_unit_where_the_pooled_sums_are_long(case: str):
     arguments = [*operands(case)["unit"]]

@@ -286,7 +286,8 @@ def test_opcheck(layout: str):
     M, C, B = len(ys), ys[0].shape[1], x.shape[0]
     mean, scale, bias, p, q = torch.randn(5, M, C)
     small = mean, scale, bias, torch.randn(B, M, C).softmax(1), torch.randn(B, C), p, q
-    torch.library.opcheck(backend.branch, (x, *convolution))
+    for statistics in (True, False):
+        torch.library.opcheck(backend.branch, (x, *convolution, statistics))
     torch.library.opcheck(backend.unit, (x, *convolution, *rest))
     for needs in ([True, True], [False, False]):
         torch.library.opcheck(backend.branch_backward, (torch.randn_like(ys[0]), x, *convolution, ys, *small, "relu", 0.0, needs))

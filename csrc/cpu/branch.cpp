@@ -225,17 +225,18 @@ Convolutions check_convolutions(const Tensor& x, TensorList weights, int64_t str
 }
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor> branch_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArrayRef dilations,
-                                                           int64_t groups) {
+                                                           int64_t groups, bool statistics) {
   const Convolutions s = check_convolutions(x, weights, stride, dilations, groups);
   std::vector<Tensor> ys;
   for (int64_t m = 0; m < s.M; ++m) ys.push_back(output_like(s, x));
-  if (s.winograd()) {
+  Tensor mean = at::empty({0}, at::kFloat), var = at::empty({0}, at::kFloat);
+  if (s.direct()) {
+    if (statistics) mean.resize_({s.M, s.out.C}), var.resize_({s.M, s.out.C});
+    branch_direct(s, x, weights, ys, mean, var);
+  } else {
     branch_winograd(s, x, weights, ys);
-    const auto [mean, var] = branch_statistics_cpu(ys);
-    return {ys, mean, var};
+    if (statistics) std::tie(mean, var) = branch_statistics_cpu(ys);
   }
-  Tensor mean = at::empty({s.M, s.out.C}, at::kFloat), var = at::empty({s.M, s.out.C}, at::kFloat);
-  branch_direct(s, x, weights, ys, mean, var);
   return {ys, mean, var};
 }
 

@@ -334,6 +334,7 @@ void branch_direct(const Convolutions& convolutions, const Tensor& x, TensorList
                             missed.data_ptr<float>(), first, last);
                    });
   });
+  if (mean.numel() == 0) return;
   const Tensor padded = at::empty({2, s.M, s.channels()}, at::kFloat);
   float* const joined = padded.data_ptr<float>();
   join_moments(moments.const_data_ptr<float>(), missed.const_data_ptr<float>(), Segments(s.out.pixels()), s.B, s.out.pixels(),

@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fold_backward_cpu(const Tenso
 std::tuple<Tensor, Tensor> branch_statistics_cpu(TensorList ys);
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor> branch_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArrayRef dilations,
-                                                           int64_t groups);
+                                                           int64_t groups, bool statistics);
 
 std::tuple<Tensor, std::vector<Tensor>> branch_backward_cpu(const Tensor& g, const Tensor& x, TensorList weights, int64_t stride,
                                                             at::IntArrayRef dilations, int64_t groups, TensorList ys, const Tensor& mean,

@@ -76,8 +76,8 @@ Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArra
     if (s.winograd()) unit_branches_winograd(part, of_part, weights, scale.const_data_ptr<float>(), blocks, activation, negative_slope);
     else unit_branches_direct(part, of_part, packed, blocks, activation, negative_slope);
     const Attended<float> of{part.B, descriptors.data(), reduced.data(), hidden.data(), a.data()};
-    attention.attend<float>(of, blocks.pooled, 2, channels, s.out.pixels(), false, attn_mean_in.data_ptr<float>(), attn_var_in.data_ptr<float>(), attn_eps, 0,
-                            nullptr);
+    attention.attend<float>(of, blocks.pooled, 2, channels, s.out.pixels(), false, attn_mean_in.data_ptr<float>(),
+                            attn_var_in.data_ptr<float>(), attn_eps, 0, nullptr);
     dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
       if constexpr (!std::is_same_v<T, double>) {
         const int64_t L = SK_PICK(lanes)(), tasks = part.B * ((s.out.pixels() + L - 1) / L) * clusters;

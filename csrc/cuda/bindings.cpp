@@ -377,12 +377,13 @@ struct Convolutions {
 };
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor> branch_cuda(const Tensor& x, TensorList weights, int64_t stride, at::IntArrayRef dilations,
-                                                            int64_t groups) {
+                                                            int64_t groups, bool statistics) {
   const Convolutions s(x, weights, stride, dilations, groups);
   std::vector<Tensor> ys;
   for (int64_t m = 0; m < s.M; ++m)
     ys.push_back(at::conv2d(s.part(m), weights[m], {}, stride, dilations[m], dilations[m], groups).contiguous(layout(x)));
-  const auto [mean, var] = branch_statistics_cuda(ys);
+  Tensor mean = at::empty({0}, x.options().dtype(at::kFloat)), var = at::empty_like(mean);
+  if (statistics) std::tie(mean, var) = branch_statistics_cuda(ys);
   return {ys, mean, var};
 }
 

@@ -20,9 +20,10 @@ def branch_statistics(ys):
     return ys[0].new_empty(shape, dtype=dtype), ys[0].new_empty(shape, dtype=dtype)
 
 
-def branch(x, weights, stride, dilations, groups):
-    statistics = [x.new_empty((len(weights), weights[0].shape[0]), dtype=torch.float32) for _ in range(2)]
-    return [empty_branch(x, weights, stride) for _ in weights], *statistics
+def branch(x, weights, stride, dilations, groups, statistics=True):
+    shape = (len(weights), weights[0].shape[0]) if statistics else (0,)
+    mean, var = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    return [empty_branch(x, weights, stride) for _ in weights], mean, var
 
 
 def squeeze(parts: Callable[[Sequence[Tensor], int], int]):

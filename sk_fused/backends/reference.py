@@ -142,9 +142,14 @@ def branch_statistics(ys: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.stack(mean), torch.stack(var)
 
 
-def branch(x, weights, stride: int, dilations, groups: int) -> tuple[list[Tensor], Tensor, Tensor]:
+def branch(x, weights, stride: int, dilations, groups: int, statistics: bool = True) -> tuple[list[Tensor], Tensor, Tensor]:
     ys = convolutions(x, weights, stride, dilations, groups)
-    return ys, *branch_statistics(ys)
+    return ys, *(branch_statistics(ys) if statistics else no_statistics(x))
+
+
+def no_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """An empty mean and variance."""
+    return tuple(x.new_empty(0, dtype=accumulate_dtype(x.dtype)) for _ in range(2))
 
 
 def squeeze(ys, norm_weights, norm_biases, means, variances, eps: float, activation: str, negative_slope: float, sums: int):

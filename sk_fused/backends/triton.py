@@ -28,7 +28,8 @@ MOST_BRANCHES = 8
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _SCHEMAS = """
-    branch(Tensor x, Tensor[] weights, int stride, int[] dilations, int groups) -> (Tensor[] ys, Tensor mean, Tensor var)
+    branch(Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, bool statistics=True) \
+-> (Tensor[] ys, Tensor mean, Tensor var)
     branch_backward(Tensor g, Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, Tensor[] ys, Tensor mean, Tensor scale, \
 Tensor bias, Tensor a, Tensor t, Tensor p, Tensor q, str activation, float negative_slope, bool[2] needs) -> (Tensor dx, Tensor[] dweights)
     unit(Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, Tensor?[] norm_weights, Tensor?[] norm_biases, Tensor[] means, \

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backends.reference import convolutions, convolutions_backward, empty_branch, layout_of
+from ..backends.reference import convolutions, convolutions_backward, empty_branch, layout_of, no_statistics
 from . import choice
 from .attend import attend
 from .common import activate, dense, fold, is_channels_last
@@ -391,14 +391,14 @@ def _library(x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Seque
     return [y.contiguous(memory_format=layout_of(x)) for y in convolutions(x, weights, stride, dilations, groups)]
 
 
-def branch(x, weights, stride: int, dilations, groups: int) -> tuple[list[Tensor], Tensor, Tensor]:
-    """y_m = w_m ∗ x_m, and their mean and variance, (M, C).
+def branch(x, weights, stride: int, dilations, groups: int, statistics: bool = True) -> tuple[list[Tensor], Tensor, Tensor]:
+    """y_m = w_m ∗ x_m, and their mean and variance, (M, C), empty without `statistics`.
 
     Floor: x and every y once, B·(C'·H·W + M·C·OH·OW) values; 2·M·B·OH·OW·C·inputs·k² flops."""
     convolution = x, weights, stride, dilations, groups
-    roads = {"library": lambda: _branch_library(*convolution)}
+    roads = {"library": lambda: _branch_library(*convolution, statistics)}
     if is_channels_last(x):
-        roads["own"] = lambda: _branch_own(*convolution)
+        roads["own"] = lambda: _branch_own(*convolution, statistics)
     return _take("branch", convolution, roads)
 
 
@@ -418,20 +418,22 @@ def _case(operator: str, x: Tensor, weights: Sequence[Tensor], stride: int, dila
     return f"{operator}, {precision}, {layout}: {channels} to {C}, {inputs} a group, kernels {kernels}, stride {stride}, {sizes}"
 
 
-def _branch_library(x, weights, stride: int, dilations, groups: int) -> tuple[list[Tensor], Tensor, Tensor]:
+def _branch_library(x, weights, stride: int, dilations, groups: int, statistics: bool) -> tuple[list[Tensor], Tensor, Tensor]:
     ys = _library(x, weights, stride, dilations, groups)
-    return ys, *branch_statistics(ys)
+    return ys, *(branch_statistics(ys) if statistics else no_statistics(x))
 
 
-def _branch_own(x, weights, stride: int, dilations, groups: int) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Two launches: the convolutions, which leave the statistics of every tile, and what these amount to."""
+def _branch_own(x, weights, stride: int, dilations, groups: int, statistics: bool) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Two launches: the convolutions, which leave the statistics of every tile, and what these amount to, if that is asked for."""
     M, weights = len(weights), _by_taps(weights)
     ys = [empty_branch(x, weights, stride) for _ in weights]
     C, pixels = ys[0].shape[1], ys[0].numel() // ys[0].shape[1]
     launch = _launch(x, weights, stride, dilations, groups, ys[0], pixels, M, 128)
     partials = x.new_empty((2, M, C, launch.tiles), dtype=torch.float32)
-    mean, var = (x.new_empty((M, C), dtype=torch.float32) for _ in range(2))
     _branch_kernel[(launch.programs * launch.tiles,)](x, weights, tuple(ys), partials, *launch.sizes, **launch.constants)
+    if not statistics:
+        return ys, *no_statistics(x)
+    mean, var = (x.new_empty((M, C), dtype=torch.float32) for _ in range(2))
     _moments_kernel[(M * C,)](partials, mean, var, launch.tiles, pixels, BLOCK_P=launch.constants["BLOCK_P"], BLOCK=1024)
     return ys, mean, var
 
