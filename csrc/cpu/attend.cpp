@@ -142,8 +142,9 @@ template <class A> static void product(const A* x, const Tensor& w, const A* bia
                    [&](int64_t first, int64_t last) { kernel(x, rows, bias, B, N, K, out, first, last); });
 }
 
-template <class A> void Attention::attend(const Attended<A>& of, const A* pooled, int64_t parts, int64_t step, int64_t pixels, bool of_batch,
-                                          A* mean, A* var, double eps, double slope, const A* select_bias) const {
+template <class A>
+void Attention::attend(const Attended<A>& of, const A* pooled, int64_t parts, int64_t step, int64_t pixels, bool of_batch, A* mean, A* var,
+                       double eps, double slope, const A* select_bias) const {
   const int64_t B = of.B;
   std::fill_n(of.s, B * C, A(0));
   for (int64_t b = 0; b < B; ++b) {
@@ -171,8 +172,8 @@ template <class A> void Attention::attend(const Attended<A>& of, const A* pooled
   at::parallel_for(0, B, grain(8 * M * C), [&](int64_t first, int64_t last) { kernel(of.a, M, C, first, last); });
 }
 
-template void Attention::attend<float>(const Attended<float>&, const float*, int64_t, int64_t, int64_t, bool, float*, float*, double, double,
-                                       const float*) const;
+template void Attention::attend<float>(const Attended<float>&, const float*, int64_t, int64_t, int64_t, bool, float*, float*, double,
+                                       double, const float*) const;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend_cpu(const Tensor& pooled, int64_t pixels, const Tensor& fc_reduce,
                                                               const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,

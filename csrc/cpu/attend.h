@@ -23,8 +23,9 @@ struct Attention {
   // t in that dtype, checked.
   Tensor vector(const Tensor& t, const char* name, int64_t length) const;
   // From `parts` of the sums of an image, (C,) each and `step` apart. mean and var (D,) are written if they are those of the batch.
-  template <class A> void attend(const Attended<A>& of, const A* pooled, int64_t parts, int64_t step, int64_t pixels, bool of_batch, A* mean,
-                                 A* var, double eps, double slope, const A* select_bias) const;
+  template <class A>
+  void attend(const Attended<A>& of, const A* pooled, int64_t parts, int64_t step, int64_t pixels, bool of_batch, A* mean, A* var,
+              double eps, double slope, const A* select_bias) const;
 };
 
 }  // namespace sk

@@ -307,11 +307,11 @@ void convolve_tasks(const Branch<T>* branches, int64_t M, float* scratch, int64_
     const int64_t channels = end - begin;
     for (int64_t m = 0; m < M; ++m) {
       const Branch<T>& branch = branches[m];
-      const bool packed = m > 0 && branch.reads_as(branches[m - 1]) && s.has_all_planes(images), add = m > 0 && branch.writes_as(branches[m - 1]);
+      const bool packed = m > 0 && branch.reads_as(branches[m - 1]) && s.has_all_planes(images),
+                 add = m > 0 && branch.writes_as(branches[m - 1]);
       T* const to = branch.out + s.out.offset(image, group * s.outputs + branch.convolution.first_output);
       if (s.out.channels_last) {
-        convolve<kVecs>(branch, packed, image, images, group, begin, end, scratch,
-                        ToImages<T, kVecs>{to, s.out.C * pixels, s.out.C, add});
+        convolve<kVecs>(branch, packed, image, images, group, begin, end, scratch, ToImages<T, kVecs>{to, s.out.C * pixels, s.out.C, add});
         continue;
       }
       float* const block = scratch + picture;
@@ -319,8 +319,7 @@ void convolve_tasks(const Branch<T>* branches, int64_t M, float* scratch, int64_
                       ToImages<float, kVecs>{block - begin, pixels * channels, channels, add});
       // The next branch may add to it.
       if (m + 1 < M && branches[m + 1].writes_as(branch)) continue;
-      for (int64_t i = 0; i < images; ++i)
-        unpack(block + i * pixels * channels, channels, to + s.out.offset(i, begin), s.out, channels);
+      for (int64_t i = 0; i < images; ++i) unpack(block + i * pixels * channels, channels, to + s.out.offset(i, begin), s.out, channels);
     }
   }
 }
@@ -341,14 +340,10 @@ void unit_branches_tasks(const Branch<T>* branches, int64_t M, const Blocks& blo
     for (int64_t m = 0; m < M; ++m) {
       const bool packed = m > 0 && branches[m].reads_as(branches[m - 1]) && s.has_all_planes(images);
       float* const z = blocks.z + ((image * blocks.clusters + channel / kChunk) * M + m) * block_size;
-      convolve<kVecs>(branches[m], packed, image, images, group, begin, end, scratch,
-                      ToBlocks<kVecs, kAct>{{slope},
-                                            blocks.bias + m * channels + channel,
-                                            z,
-                                            pooled,
-                                            blocks.clusters * M * block_size,
-                                            M * block_size,
-                                            channels});
+      convolve<kVecs>(
+          branches[m], packed, image, images, group, begin, end, scratch,
+          ToBlocks<kVecs, kAct>{
+              {slope}, blocks.bias + m * channels + channel, z, pooled, blocks.clusters * M * block_size, M * block_size, channels});
     }
   }
 }
@@ -678,7 +673,8 @@ void unit_branches_winograd(const Convolutions& s, const Tensor& x, TensorList w
 }
 
 // Of branches whose gradients are to be packed.
-template <class T> static void input_gradient(const Convolutions& s, std::vector<Branch<T>> branches, TensorList weights, const Tensor& dx) {
+template <class T>
+static void input_gradient(const Convolutions& s, std::vector<Branch<T>> branches, TensorList weights, const Tensor& dx) {
   const Tensor turned = at::empty({s.M, s.branch_inputs() * s.outputs * 9}, at::kFloat);
   for (auto& branch : branches) {
     const int64_t m = branch.m;
@@ -697,7 +693,8 @@ template <class T> static void input_gradient(const Convolutions& s, std::vector
   convolve(std::move(branches));
 }
 
-template <class T> static void weight_gradients(const Convolutions& s, std::vector<Branch<T>> branches, const Tensor& x, TensorList dweights) {
+template <class T>
+static void weight_gradients(const Convolutions& s, std::vector<Branch<T>> branches, const Tensor& x, TensorList dweights) {
   const int64_t chunk = chunk_of(s.outputs);
   // As many chunks of a group at a time as have sums of 64 KiB at most.
   int64_t width = chunk;

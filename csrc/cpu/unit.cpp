@@ -83,8 +83,7 @@ Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArra
         const int64_t L = SK_PICK(lanes)(), tasks = part.B * ((s.out.pixels() + L - 1) / L) * clusters;
         const auto kernel = SK_PICK(select_tasks<T, kAct>);
         at::parallel_for(0, tasks, grain(s.M * L * cluster), [&](int64_t first, int64_t last) {
-          kernel(blocks, s.out, s.M, static_cast<float>(negative_slope), a.data(),
-                 v.data_ptr<T>() + s.out.offset(image, 0), first, last);
+          kernel(blocks, s.out, s.M, static_cast<float>(negative_slope), a.data(), v.data_ptr<T>() + s.out.offset(image, 0), first, last);
         });
       }
     });
