@@ -46,6 +46,7 @@ CASES = {
     "dense, many inputs, split": (256, 144, 1, (3, 7, 9), 1, (2, 1)),
     "dense, long rows": (16, 16, 1, (1, 2, 131), 1, (2, 3)),
     "dense, more planes than fit": (128, 32, 1, (4, 7, 9), 1, (1, 2)),
+    "dense, images that take turns in one plane": (128, 32, 1, (17, 7, 9), 1, (1, 2)),
     "dense, several spans": (64, 64, 1, (2, 16, 17), 1, (1, 2)),
     "dense, fewer images at last": (32, 32, 1, (5, 10, 11), 1, (3, 1)),
     "dense, narrow to wide": (16, 64, 1, (3, 9, 10), 1, (1, 2)),
@@ -197,6 +198,33 @@ def test_threads_keep_scratch_of_their_own(layout: str):
 
     with ThreadPoolExecutor(3) as pool:
         assert all(pool.map(again, range(6)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dilations", [(1, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("inputs, outputs, groups", [(16, 16, 2), (32, 32, 1), (16, 64, 1), (192, 16, 1)])
+def test_integers_come_out_exactly(inputs: int, outputs: int, groups: int, dilations: tuple[int, int], layout: str):
+    """Of Winograd's algorithm, whose halves and quarters float32 has: maps of every size up to nine, with what their edges leave out."""
+
+    def integers(*shape: int) -> Tensor:
+        tensor = torch.randint(-3, 4, shape).float()
+        return tensor.to(memory_format=LAYOUTS[layout]) if tensor.dim() == 4 else tensor
+
+    C, zeros = groups * outputs, torch.zeros(2, groups * outputs)
+    weights = [integers(C, inputs, 3, 3) for _ in dilations]
+    for H in range(1, 10):
+        for W in range(1, 10):
+            B = (H + W) % 5 + 1
+            x, g, a = integers(B, groups * inputs, H, W), integers(B, C, H, W), integers(B, 2, C)
+            convolution = x, weights, 1, list(dilations), groups
+            ys = reference.branch(*convolution)[0]
+            assert_same(native.branch(*convolution, False)[0], ys)
+            arguments = g, *convolution, ys, zeros, zeros + 1, zeros, a, integers(B, C), zeros, zeros, "identity", 0.0, [True, True]
+            assert_same(flat(native.branch_backward(*arguments)), flat(reference.branch_backward(*arguments)))
+
+
+def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    assert all(torch.equal(our, their) for our, their in zip(ours, theirs, strict=True)), [tuple(their.shape) for their in theirs]
 
 
 @pytest.mark.parametrize("case", ["8 a group", "dense, whole"])

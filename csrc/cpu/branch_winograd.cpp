@@ -131,8 +131,8 @@ template <int kRows, int kVecs> SK_INLINE void multiply(const float* v, const fl
 }
 
 // du (kRows of the inputs, kVecs * L) += the sum over some tiles of v (tiles, inputs) and d (tiles, kVecs * L of outputs), summed
-// apart: a chain of additions as long as the batch would round away more. The tiles are those of `count`, of which the first is
-// number `tile` of its image of `tiles`, that are `wanted` ones of theirs.
+// apart: a chain of additions as long as the batch would round away more. Of `count` consecutive tiles, beginning with number `tile`
+// of an image of `tiles`, those are summed whose number in their image is `wanted`.
 template <int kRows, int kVecs>
 SK_INLINE void multiply_transposed(const float* v, const float* d, int64_t count, int64_t tile, int64_t tiles, const Range& wanted,
                                    int64_t inputs, int64_t outputs, float* du) {
@@ -414,13 +414,13 @@ struct Range {
   int64_t begin, end;
 };
 
-// Tiles at the right edge of a picture may have no second column, those at the bottom no second row, and these make no use of a
-// quarter of the products: an image's tiles are in bands, those with one column, whole ones, those with one row, those with
-// one output.
+// Tiles at the right edge of a picture may have no second column of outputs, those at the bottom no second row. Only second columns
+// make use of the last column of the 4 x 4 positions, only second rows of the last row: these products are left out. So an image's
+// tiles are in bands: those with one column, whole ones, those with one row, those with one output.
 struct Bands {
   int64_t ends[4];
   int64_t begin(int64_t band) const { return band == 0 ? 0 : ends[band - 1]; }
-  // The tiles that need the products of a position: those of the last row if they have a second row, of the last column likewise.
+  // Of an image, the tiles that need the products of a position.
   Range wanted(int64_t position) const {
     const bool last_row = position / 4 == 3, last_column = position % 4 == 3;
     return {last_column ? ends[0] : 0, last_row ? ends[1] : last_column ? ends[2] : ends[3]};
@@ -447,7 +447,8 @@ struct TileOf {
 };
 
 // Tiles that are multiplied by some output channels' weights before these outputs are made: a multiple of kRows. Of the last
-// product of a span too many rows are computed, and not looked at.
+// product of a span, or of a band, too many rows are computed, and not looked at; nor are the
+// products that no tile wants, which keep what was there before.
 constexpr int64_t kTilesOfProduct = 48;
 
 // From a position's values to the next one's: a power of two would bring all 16 into the same few lines of a cache.
@@ -474,7 +475,7 @@ struct Winograd {
   // What transform_weights reads.
   int64_t channel_step, tap_step;
 
-  // Whether a task of so many images has them all packed at a time. Else they take turns, and so do their tiles.
+  // Whether a task of so many images has a plane for each. Else these take turns in one plane, and their tiles come image by image.
   bool has_all_planes(int64_t images) const { return planes >= images; }
   // Tiles may begin before the picture by one step and end up to two after it. A step is a dilation, at most the halo.
   int64_t plane_columns(const Picture& p) const { return p.W + 3 * halo; }
@@ -604,7 +605,7 @@ template <class T> static void cut(std::vector<Branch<T>>& branches, int64_t chu
     Winograd& w = branch.convolution;
     w.images = images;
     w.planes = bytes <= kPlanesBytes ? images : 1;
-    // One after the other, images have the products of all tiles made.
+    // Where images take turns in one plane their tiles are one band, and have all products made.
     if (w.planes < images) w.bands = {0, w.tiles, w.tiles, w.tiles};
     w.parts = 1;
     const int64_t tasks = w.tasks();

@@ -113,7 +113,8 @@ struct Blocks {
   int64_t channels() const { return clusters * cluster; }
 };
 
-// Where Convolutions::direct(). No statistics are computed if mean is empty. The gradient of x is not computed if dx is empty, those of the weights if dweights is.
+// Where Convolutions::direct(). The statistics of the rows are not joined if mean is empty; the gradient of x is not computed if dx is
+// empty, those of the weights if dweights is.
 void branch_direct(const Convolutions& s, const Tensor& x, TensorList weights, TensorList ys, const Tensor& mean, const Tensor& var);
 void branch_direct_backward(const Convolutions& s, const Tensor& g, const Tensor& x, TensorList weights, TensorList ys, const Tensor& mean,
                             const Tensor& scale, const Tensor& bias, const Tensor& a, const Tensor& t, const Tensor& p, const Tensor& q,

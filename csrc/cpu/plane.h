@@ -76,9 +76,9 @@ SK_INLINE void add_precisely(float* sum, float* missed, Vec<float> value) {
   store(missed, load(missed) + ((before - (after - added)) + (value - added)));
 }
 
-// At most L pixels of at most L channels, a vector each: from and to the channels at `image`, pixel p and on. Where a pixel's channels
-// lie side by side, so few of them are no order that the hardware foresees: later pixels are fetched, and what is `ahead`, the same
-// pixels for the next task.
+// At most L pixels of at most L channels, a vector each: from and to the channels at `image`, pixel p and on. In channels_last these are
+// a short piece of every pixel, which the hardware does not foresee: those of later pixels are prefetched, and, `ahead` of these
+// pixels' pieces, those of the next task.
 template <class T>
 SK_INLINE void load_pixels(const T* image, const Picture& s, int64_t p, int64_t pixels, int64_t channels, Vec<float> (&v)[kLanes<float>],
                            int64_t ahead = kLanes<float>) {

@@ -382,7 +382,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> branch_cuda(const Tensor& x, Ten
   std::vector<Tensor> ys;
   for (int64_t m = 0; m < s.M; ++m)
     ys.push_back(at::conv2d(s.part(m), weights[m], {}, stride, dilations[m], dilations[m], groups).contiguous(layout(x)));
-  Tensor mean = at::empty({0}, x.options().dtype(at::kFloat)), var = at::empty_like(mean);
+  Tensor mean = at::empty({0}, x.options().dtype(accumulate_type(x.scalar_type()))), var = at::empty_like(mean);
   if (statistics) std::tie(mean, var) = branch_statistics_cuda(ys);
   return {ys, mean, var};
 }

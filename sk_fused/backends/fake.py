@@ -22,7 +22,7 @@ def branch_statistics(ys):
 
 def branch(x, weights, stride, dilations, groups, statistics=True):
     shape = (len(weights), weights[0].shape[0]) if statistics else (0,)
-    mean, var = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    mean, var = (x.new_empty(shape, dtype=accumulate_dtype(x.dtype)) for _ in range(2))
     return [empty_branch(x, weights, stride) for _ in weights], mean, var
 
 

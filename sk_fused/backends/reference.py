@@ -10,7 +10,7 @@ Shapes, in every backend: `ys` are the M branches (B, C, H, W), dense and in one
 and `v` is float32, or float64 for float64 branches. `pixels` is H·W. With z_m = (y_m − mean_m)·scale_m + bias_m, k_m = act'(z_m):
 
     branch_statistics     mean and variance of y_m over (B, H, W)
-    branch                y_m = w_m ∗ x_m, and the same
+    branch                y_m = w_m ∗ x_m, and the same, or, without `statistics`, two empty tensors
     squeeze               the batch-norms as mean, r = 1/√(var + eps), scale = weight·r and bias; Σ_hw act(z), whose sum over the
                           second axis, (B, P, C) with any P, is that over the branches; K1 = Σ_hw k, K2 = Σ_hw k·(y − mean)
     attend                s = pooled/pixels, a = softmax_m(fc_select · act(BN(fc_reduce · s)) + select_bias)
@@ -149,7 +149,8 @@ def branch(x, weights, stride: int, dilations, groups: int, statistics: bool = T
 
 def no_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """An empty mean and variance."""
-    return tuple(x.new_empty(0, dtype=accumulate_dtype(x.dtype)) for _ in range(2))
+    empty = x.new_empty(0, dtype=accumulate_dtype(x.dtype))
+    return empty, empty.clone()
 
 
 def squeeze(ys, norm_weights, norm_biases, means, variances, eps: float, activation: str, negative_slope: float, sums: int):
