@@ -69,7 +69,7 @@ def roads_of(call: Callable, monkeypatch: pytest.MonkeyPatch) -> dict[str, Calla
 
 
 def assert_convolutions_match(arguments: tuple) -> None:
-    ys, mean, var = branch._branch_own(*arguments)
+    ys, mean, var = branch._branch_own(*arguments, True)
     exact, theirs = exact_branches(*in_float64(arguments)), exact_branches(*arguments)
     for m, tensors in enumerate(zip(ys, theirs, exact, strict=True)):
         parity.assert_within(f"y[{m}]", *tensors)
@@ -208,7 +208,7 @@ def test_backward_matches_reference(needs: list[bool], layout: str):
 
 def test_runs_agree_to_the_bit(monkeypatch: pytest.MonkeyPatch):
     convolution, rest = operands("32 a group, stride 2")
-    (first, *moments), (second, *again) = branch._branch_own(*convolution), branch._branch_own(*convolution)
+    (first, *moments), (second, *again) = branch._branch_own(*convolution, True), branch._branch_own(*convolution, True)
     assert all(torch.equal(*pair) for pair in zip((*first, *moments), (*second, *again), strict=True))
     for name, road in roads_of(lambda: branch.unit(*convolution, *rest), monkeypatch).items():
         assert torch.equal(road().clone(), road()), name
@@ -232,7 +232,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 def test_nan_reaches_the_outputs_that_it_should_and_no_other():
     (x, *convolution), rest = operands("4 a group")
     x[1, 3, 4, 5] = float("nan")
-    for ours, theirs in zip(branch._branch_own(x, *convolution)[0], exact_branches(x, *convolution), strict=True):
+    for ours, theirs in zip(branch._branch_own(x, *convolution, False)[0], exact_branches(x, *convolution), strict=True):
         # A group's neighbours in the tile multiply what is not theirs by 0.
         assert (ours.isnan() | ~theirs.isnan()).all() and not ours[0].isnan().any()
     v = branch.unit(x, *convolution, *rest)

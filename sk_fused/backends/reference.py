@@ -149,8 +149,7 @@ def branch(x, weights, stride: int, dilations, groups: int, statistics: bool = T
 
 def no_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """An empty mean and variance."""
-    empty = x.new_empty(0, dtype=accumulate_dtype(x.dtype))
-    return empty, empty.clone()
+    return tuple(x.new_empty(0, dtype=accumulate_dtype(x.dtype)) for _ in range(2))
 
 
 def squeeze(ys, norm_weights, norm_biases, means, variances, eps: float, activation: str, negative_slope: float, sums: int):
