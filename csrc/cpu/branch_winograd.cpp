@@ -446,9 +446,8 @@ struct TileOf {
   }
 };
 
-// Tiles that are multiplied by some output channels' weights before these outputs are made: a multiple of kRows. Of the last
-// product of a span, or of a band, too many rows are computed, and not looked at; nor are the
-// products that no tile wants, which keep what was there before.
+// Tiles that are multiplied by some output channels' weights before these outputs are made: a multiple of kRows. Of the last product of
+// a span, or of a band, too many rows are computed, and not looked at; nor is what lies where no product was wanted.
 constexpr int64_t kTilesOfProduct = 48;
 
 // From a position's values to the next one's: a power of two would bring all 16 into the same few lines of a cache.
