@@ -2,51 +2,71 @@
 
 #ifdef SK_ISA
 
-// The deviations from a centre near the mean, and their squares, give both moments, right also when |mean| >> std.
+// The deviations from a centre near the mean, and their squares, give both moments, right also when |mean| >> std. The mean of a few
+// values can be the centre, and one look is enough: where it is more than two standard deviations from the mean, so that the sums
+// would cancel, a second look has the mean that the first found.
+template <class A> SK_INLINE bool cancels(A sum, A squares, int64_t pixels) { return !(sum * sum <= A(0.8) * static_cast<A>(pixels) * squares); }
 
-// Lanes are channels: adds the deviations of kN pixels from centre (C) to sum (C), and if kSquares their squares to squares (C).
-template <class T, bool kSquares, int kN>
-SK_INLINE void add_pixels(const T* y, const Accumulate<T>* centre, int64_t C, Accumulate<T>* sum, Accumulate<T>* squares) {
+// Where lanes are channels, and a chain of additions is long, a centre in half precision leaves deviations with so few bits that their
+// sum is exact. The last bits of the deviations from any other are all the same, and round the same way.
+template <class T> SK_INLINE Accumulate<T> round_centre(Accumulate<T> value) { return static_cast<Accumulate<T>>(static_cast<T>(value)); }
+
+// Lanes are channels: adds the deviations from centre (C) to sum (C), and their squares to squares (C).
+template <class T> struct ChannelMoments {
   using A = Accumulate<T>;
-  int64_t c = 0;
-  for (; c + kLanes<A> <= C; c += kLanes<A>) {
-    if constexpr (kN > 1 && !kSquares) prefetch_next_pixels<kN>(y + c, C, c);
-    const Vec<A> origin = load(centre + c);
-    Vec<A> total = {}, total_squares = {};
+  const T* y;
+  int64_t C;
+  const A* centre;
+  A *sum, *squares;
+
+  template <int kN, int kStrands, bool kPartial>
+  SK_INLINE void add(int64_t c, int64_t offset, int64_t pixels, int64_t step, int64_t n) const {
+    constexpr int64_t L = kLanes<A>;
+    Vec<A> total[kN] = {}, total_squares[kN] = {};
+    for (int64_t pixel = 0; pixel < pixels; ++pixel)
+      for (int j = 0; j < kN; ++j) {
+        const Vec<A> origin = load_lanes<kPartial>(centre + c + j * L, n);
+        for (int k = 0; k < kStrands; ++k) {
+          const T* const from = y + offset + pixel * C + k * step + c + j * L;
+          if constexpr (kStrands > 1) prefetch_ahead(from);
+          const Vec<A> d = load_lanes<kPartial>(from, n) - origin;
+          total[j] += d;
+          total_squares[j] += d * d;
+        }
+      }
     for (int j = 0; j < kN; ++j) {
-      const Vec<A> d = load(y + j * C + c) - origin;
-      total += d;
-      if constexpr (kSquares) total_squares += d * d;
+      A *const to = sum + c + j * L, *const to_squares = squares + c + j * L;
+      store_lanes<kPartial>(to, load_lanes<kPartial>(to, n) + total[j], n);
+      store_lanes<kPartial>(to_squares, load_lanes<kPartial>(to_squares, n) + total_squares[j], n);
     }
-    store(sum + c, load(sum + c) + total);
-    if constexpr (kSquares) store(squares + c, load(squares + c) + total_squares);
   }
-  for (; c < C; ++c)
-    for (int j = 0; j < kN; ++j) {
-      const A d = static_cast<A>(y[j * C + c]) - centre[c];
-      sum[c] += d;
-      if constexpr (kSquares) squares[c] += d * d;
-    }
-}
+};
 
-template <class T, bool kSquares>
-SK_INLINE void add_segment(const T* y, const Accumulate<T>* centre, int64_t pixels, int64_t C, Accumulate<T>* sum, Accumulate<T>* squares) {
-  constexpr int64_t kN = kPixelsAtOnce;
-  for (int64_t c = 0; c < C; ++c) sum[c] = 0;
-  if constexpr (kSquares)
-    for (int64_t c = 0; c < C; ++c) squares[c] = 0;
-  int64_t pixel = 0;
-  for (; pixel + kN <= pixels; pixel += kN) add_pixels<T, kSquares, kN>(y + pixel * C, centre, C, sum, squares);
-  for (; pixel < pixels; ++pixel) add_pixels<T, kSquares, 1>(y + pixel * C, centre, C, sum, squares);
-}
-
-// The centre is the mean, as well as a first look gives it; a second finds the segment in cache.
 template <class T>
 SK_INLINE void segment_moments(const T* y, int64_t pixels, int64_t C, Accumulate<T>* centre, Accumulate<T>* squares, Accumulate<T>* sum) {
-  for (int64_t c = 0; c < C; ++c) centre[c] = 0;
-  add_segment<T, false>(y, centre, pixels, C, sum, squares);
-  for (int64_t c = 0; c < C; ++c) centre[c] = sum[c] / static_cast<Accumulate<T>>(pixels);
-  add_segment<T, true>(y, centre, pixels, C, sum, squares);
+  using A = Accumulate<T>;
+  constexpr int64_t L = kLanes<A>;
+  // Values from all over the segment are less alike than neighbours.
+  const int64_t few = pixels < 8 ? pixels : 8, step = pixels / few * C;
+  for (int64_t c = 0; c < C; ++c) {
+    A total = 0;
+    for (int64_t i = 0; i < few; ++i) total += static_cast<A>(y[i * step + c]);
+    centre[c] = round_centre<T>(total / static_cast<A>(few));
+    sum[c] = squares[c] = 0;
+  }
+  const ChannelMoments<T> moments{y, C, centre, sum, squares};
+  each_pixel<A>(moments, C, pixels);
+  for (int64_t c = 0; c < C; c += L) {
+    const int64_t n = C - c < L ? C - c : L;
+    bool again = false;
+    for (int64_t i = c; i < c + n; ++i) again |= cancels(sum[i], squares[i], pixels);
+    if (!again) continue;
+    for (int64_t i = c; i < c + n; ++i) {
+      centre[i] = round_centre<T>(centre[i] + sum[i] / static_cast<A>(pixels));
+      sum[i] = squares[i] = 0;
+    }
+    moments.template add<1, 1, true>(c, 0, pixels, 0, n);
+  }
 }
 
 // Lanes are pixels: the sum of the deviations of a row from centre, and of their squares.
@@ -56,8 +76,8 @@ template <class T> SK_INLINE void add_row(const T* y, Accumulate<T> centre, int6
   Vec<A> sums[4] = {}, sums_squares[4] = {};
   int64_t i = 0;
   for (; i + 4 * L <= pixels; i += 4 * L) {
-    prefetch_ahead<4>(y + i);
     for (int j = 0; j < 4; ++j) {
+      prefetch_ahead(y + i + j * L);
       const Vec<A> d = load(y + i + j * L) - centre;
       sums[j] += d;
       sums_squares[j] += d * d;
@@ -72,8 +92,6 @@ template <class T> SK_INLINE void add_row(const T* y, Accumulate<T> centre, int6
   *squares = sum<A>((sums_squares[0] + sums_squares[1]) + (sums_squares[2] + sums_squares[3]));
 }
 
-// One channel can make do with the mean of its first values for a centre, and with one look: where this centre is more than two
-// standard deviations from the mean, so that the sums would cancel, a second look has the mean that the first found.
 template <class T>
 SK_INLINE void row_moments(const T* y, int64_t pixels, Accumulate<T>* centre, Accumulate<T>* squares, Accumulate<T>* sum) {
   using A = Accumulate<T>;
@@ -81,7 +99,7 @@ SK_INLINE void row_moments(const T* y, int64_t pixels, Accumulate<T>* centre, Ac
   add_row(y, A(0), few, sum, squares);
   *centre = *sum / static_cast<A>(few);
   add_row(y, *centre, pixels, sum, squares);
-  if (*sum * *sum <= A(0.8) * static_cast<A>(pixels) * *squares) return;
+  if (!cancels(*sum, *squares, pixels)) return;
   *centre += *sum / static_cast<A>(pixels);
   add_row(y, *centre, pixels, sum, squares);
 }

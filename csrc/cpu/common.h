@@ -65,10 +65,7 @@ template <class T> struct Branches {
   c10::SmallVector<const T*, 4> pointers;
 };
 
-// In channels_last, how many pixels share one load of the constants.
-constexpr int kPixelsAtOnce = 4;
-
-// The reductions sum a segment of pixels of one image at a time, and then the segments in their order: the result does
+// The reductions sum a segment of pixels of one image at a time, and then the segments, always in the same order: the result does
 // not depend on the number of threads. A segment is short enough that a second look at it finds it in cache. In
 // channels_last, where one lane adds up all of a channel, it is at most `longest` pixels, for the sake of precision.
 struct Segments {

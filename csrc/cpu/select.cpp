@@ -20,8 +20,8 @@ template <class T, Activation kAct> struct Select {
       const Vec<A> scale = constant<kChannelsLast, kPartial>(v.scale + at, n);
       const Vec<A> bias = constant<kChannelsLast, kPartial>(v.bias + at, n);
       const Vec<A> weight = constant<kChannelsLast, kPartial>(a + b * v.M * v.C + at, n);
-      if constexpr (kChannelsLast && kN > 1) prefetch_next_pixels<kN>(v.y[m] + offset, step, c);
       for (int j = 0; j < kN; ++j) {
+        if constexpr (kN > 1) prefetch_ahead(v.y[m] + offset + j * step);
         const Vec<A> y = load_lanes<kPartial>(v.y[m] + offset + j * step, n);
         total[j] += weight * act((y - mean) * scale + bias);
       }
@@ -44,8 +44,10 @@ template <class T, Activation kAct> struct SelectBackward {
     const Act<A, kAct> act{v.slope};
     const Vec<A> squeezed = constant<kChannelsLast, kPartial>(t + b * v.C + c, n);
     Vec<A> gradient[kN];
-    if constexpr (kChannelsLast && kN > 1) prefetch_next_pixels<kN>(g + offset, step, c);
-    for (int j = 0; j < kN; ++j) gradient[j] = load_lanes<kPartial>(g + offset + j * step, n);
+    for (int j = 0; j < kN; ++j) {
+      if constexpr (kN > 1) prefetch_ahead(g + offset + j * step);
+      gradient[j] = load_lanes<kPartial>(g + offset + j * step, n);
+    }
     for (int64_t m = 0; m < v.M; ++m) {
       const int64_t at = m * v.C + c;
       const Vec<A> mean = constant<kChannelsLast, kPartial>(v.mean + at, n);
@@ -54,8 +56,8 @@ template <class T, Activation kAct> struct SelectBackward {
       const Vec<A> weight = constant<kChannelsLast, kPartial>(a + b * v.M * v.C + at, n);
       const Vec<A> constant_part = constant<kChannelsLast, kPartial>(p + at, n);
       const Vec<A> linear_part = constant<kChannelsLast, kPartial>(q + at, n);
-      if constexpr (kChannelsLast && kN > 1) prefetch_next_pixels<kN>(v.y[m] + offset, step, c);
       for (int j = 0; j < kN; ++j) {
+        if constexpr (kN > 1) prefetch_ahead(v.y[m] + offset + j * step);
         const Vec<A> d = load_lanes<kPartial>(v.y[m] + offset + j * step, n) - mean;
         const Vec<A> dz = act.gate(d * scale + bias, weight * gradient[j] + squeezed);
         store_lanes<kPartial>(dy[m] + offset + j * step, scale * dz - constant_part - d * linear_part, n);
@@ -79,12 +81,14 @@ template <class T, class Kernel> SK_INLINE void each_tile(const Branches<T>& v, 
   }
   for (int64_t pixel = first; pixel < last;) {
     const int64_t b = pixel / v.HW, image_end = (b + 1) * v.HW, end = image_end < last ? image_end : last;
-    constexpr int64_t kN = kPixelsAtOnce;
-    for (; pixel + kN <= end; pixel += kN) {
+    constexpr int64_t kN = 4;
+    const int64_t strand = (end - pixel) / kN;
+    for (const int64_t strand_end = pixel + strand; pixel < strand_end; ++pixel) {
       int64_t c = 0;
-      for (; c + L <= v.C; c += L) kernel.template tile<true, kN, false>(b, c, pixel * v.C + c, v.C, 0);
-      if (c < v.C) kernel.template tile<true, kN, true>(b, c, pixel * v.C + c, v.C, v.C - c);
+      for (; c + L <= v.C; c += L) kernel.template tile<true, kN, false>(b, c, pixel * v.C + c, strand * v.C, 0);
+      if (c < v.C) kernel.template tile<true, kN, true>(b, c, pixel * v.C + c, strand * v.C, v.C - c);
     }
+    pixel += (kN - 1) * strand;
     for (; pixel < end; ++pixel) {
       int64_t c = 0;
       for (; c + L <= v.C; c += L) kernel.template tile<true, 1, false>(b, c, pixel * v.C + c, v.C, 0);

@@ -168,16 +168,37 @@ template <bool kChannelsLast, bool kPartial, class A> SK_INLINE Vec<A> constant(
   else return splat<A>(*p);
 }
 
-// kN pixels at a time, channel by channel, is an order of reading that the hardware does not foresee; it halves the
-// bandwidth of memory. So the tile of channel c at p prefetches its share of the next kN pixels, in their order.
-template <int kN, class T> SK_INLINE void prefetch_next_pixels(const T* p, int64_t C, int64_t c) {
-  for (int j = 0; j < kN; ++j) __builtin_prefetch(p + kN * C + c * (kN - 1) + j * kLanes<Accumulate<T>>);
+// What comes a KiB after p, into the second level of cache. In order, the hardware runs ahead by itself, but stops at every page, and
+// where a row of one branch gives way to one of the next. Into the first level, a prefetch would hold one of the few places in which
+// loads wait for memory.
+template <class T> SK_INLINE void prefetch_ahead(const T* p) { __builtin_prefetch(reinterpret_cast<const char*>(p) + 1024, 0, 2); }
+
+// Lanes are channels: sums.add<kN, kStrands, kPartial>(c, offset, pixels, step, n) for all C channels of `pixels` consecutive pixels and
+// of as many in each of kStrands strands, `step` apart, from `offset` on; kN vectors at a time from channel c on, the last of n lanes.
+template <class A, int kStrands, class Sums>
+SK_INLINE void each_channel(const Sums& sums, int64_t C, int64_t offset, int64_t pixels, int64_t step) {
+  constexpr int64_t L = kLanes<A>;
+  int64_t c = 0;
+  if constexpr (kStrands == 1) {
+    for (; c + 8 * L <= C; c += 8 * L) sums.template add<8, 1, false>(c, offset, pixels, step, 0);
+    for (; c + 4 * L <= C; c += 4 * L) sums.template add<4, 1, false>(c, offset, pixels, step, 0);
+  }
+  for (; c + L <= C; c += L) sums.template add<1, kStrands, false>(c, offset, pixels, step, 0);
+  if (c < C) sums.template add<1, kStrands, true>(c, offset, pixels, step, C - c);
 }
 
-// In order, the hardware runs ahead by itself, but stops at every page, and where a row of one branch gives way to one of the
-// next. So kN vectors prefetch those that come half a page later.
-template <int kN, class T> SK_INLINE void prefetch_ahead(const T* p) {
-  for (int j = 0; j < kN; ++j) __builtin_prefetch(reinterpret_cast<const char*>(p + j * kLanes<Accumulate<T>>) + 2048);
+// The same for all pixels of a segment, in an order that the hardware foresees. The sums of few channels stay in registers for 32
+// pixels, which are read as they lie in memory; those of more are added to at every pixel, so four strands share that, each read
+// as it lies in memory.
+template <class A, class Sums> SK_INLINE void each_pixel(const Sums& sums, int64_t C, int64_t pixels) {
+  int64_t pixel = 0;
+  if (C <= 8 * kLanes<A>) {
+    for (; pixel < pixels; pixel += 32) each_channel<A, 1>(sums, C, pixel * C, pixels - pixel < 32 ? pixels - pixel : 32, 0);
+    return;
+  }
+  const int64_t strand = pixels / 4;
+  for (; pixel < strand; ++pixel) each_channel<A, 4>(sums, C, pixel * C, 1, strand * C);
+  for (pixel = 4 * strand; pixel < pixels; ++pixel) each_channel<A, 1>(sums, C, pixel * C, 1, 0);
 }
 
 // a0 b0 a1 b1 ...: the low halves of a and b, interleaved, and the high ones.

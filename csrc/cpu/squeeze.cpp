@@ -19,65 +19,62 @@ template <class T, Activation kAct, int kSums> struct PooledSums {
   }
 };
 
-// Adds kN vectors, `step` apart, of branch m to `sums`, vector j to sums[j % kU].
-template <class T, Activation kAct, int kSums, bool kWeighted, bool kChannelsLast, int kN, bool kPartial, int kU>
-SK_INLINE void pool(const Branches<T>& v, int64_t at, const T* y, const T* g, int64_t step, int64_t n,
-                    PooledSums<T, kAct, kSums> (&sums)[kU]) {
+// Lanes are channels: to `out` (kSums, M, C) are added the sums of branch m.
+template <class T, Activation kAct, int kSums, bool kWeighted> struct PoolChannels {
   using A = Accumulate<T>;
-  const Act<A, kAct> act{v.slope};
-  const Vec<A> mean = constant<kChannelsLast, kPartial>(v.mean + at, n);
-  const Vec<A> scale = constant<kChannelsLast, kPartial>(v.scale + at, n);
-  const Vec<A> bias = constant<kChannelsLast, kPartial>(v.bias + at, n);
-  const Vec<A> one = kPartial ? mask<A>(n) : splat<A>(1);
-  for (int j = 0; j < kN; ++j)
-    sums[j % kU].add(load_lanes<kPartial>(y + j * step, n), kWeighted ? load_lanes<kPartial>(g + j * step, n) : one, mean, scale, bias,
-                     act);
-}
+  const Branches<T>& v;
+  int64_t m;
+  const T *y, *g;
+  A* out;
 
-// Lanes are channels: the sums of channel c stay in `out` (kSums, M, C), and kN pixels at a time are added to them.
-template <class T, Activation kAct, int kSums, bool kWeighted, int kN>
-SK_INLINE void pool_pixels(const Branches<T>& v, int64_t m, const T* y, const T* g, Accumulate<T>* out) {
-  using A = Accumulate<T>;
-  int64_t c = 0;
-  for (; c + kLanes<A> <= v.C; c += kLanes<A>) {
-    if constexpr (kN > 1) {
-      prefetch_next_pixels<kN>(y + c, v.C, c);
-      if constexpr (kWeighted) prefetch_next_pixels<kN>(g + c, v.C, c);
-    }
-    PooledSums<T, kAct, kSums> sums[1];
-    pool<T, kAct, kSums, kWeighted, true, kN, false>(v, m * v.C + c, y + c, g + c, v.C, 0, sums);
-    for (int i = 0; i < kSums; ++i) {
-      A* const total = out + i * v.M * v.C + c;
-      store(total, load(total) + sums[0].sums[i]);
-    }
+  template <int kN, int kStrands, bool kPartial>
+  SK_INLINE void add(int64_t c, int64_t offset, int64_t pixels, int64_t step, int64_t n) const {
+    constexpr int64_t L = kLanes<A>;
+    const int64_t at = m * v.C + c;
+    const Act<A, kAct> act{v.slope};
+    const Vec<A> one = kPartial ? mask<A>(n) : splat<A>(1);
+    PooledSums<T, kAct, kSums> sums[kN];
+    for (int64_t pixel = 0; pixel < pixels; ++pixel)
+      for (int j = 0; j < kN; ++j) {
+        const Vec<A> mean = load_lanes<kPartial>(v.mean + at + j * L, n), scale = load_lanes<kPartial>(v.scale + at + j * L, n),
+                     bias = load_lanes<kPartial>(v.bias + at + j * L, n);
+        for (int k = 0; k < kStrands; ++k) {
+          const int64_t from = offset + pixel * v.C + k * step + c + j * L;
+          if constexpr (kStrands > 1) {
+            prefetch_ahead(y + from);
+            if constexpr (kWeighted) prefetch_ahead(g + from);
+          }
+          const Vec<A> weight = kWeighted ? load_lanes<kPartial>(g + from, n) : one;
+          sums[j].add(load_lanes<kPartial>(y + from, n), weight, mean, scale, bias, act);
+        }
+      }
+    for (int i = 0; i < kSums; ++i)
+      for (int j = 0; j < kN; ++j) {
+        A* const total = out + i * v.M * v.C + c + j * L;
+        store_lanes<kPartial>(total, load_lanes<kPartial>(total, n) + sums[j].sums[i], n);
+      }
   }
-  if (c < v.C) {
-    const int64_t n = v.C - c;
-    PooledSums<T, kAct, kSums> sums[1];
-    pool<T, kAct, kSums, kWeighted, true, kN, true>(v, m * v.C + c, y + c, g + c, v.C, n, sums);
-    for (int i = 0; i < kSums; ++i) {
-      A* const total = out + i * v.M * v.C + c;
-      store(total, load(total, n) + sums[0].sums[i], n);
-    }
-  }
-}
+};
 
 // Lanes are pixels: out[i][m][c] for one channel. Summed in blocks, so that no long chain of additions rounds one way.
 template <class T, Activation kAct, int kSums, bool kWeighted>
 SK_INLINE void pool_row(const Branches<T>& v, int64_t at, const T* y, const T* g, int64_t pixels, Accumulate<T>* out) {
   using A = Accumulate<T>;
   constexpr int64_t L = kLanes<A>;
+  const Act<A, kAct> act{v.slope};
+  const Vec<A> mean = splat(v.mean[at]), scale = splat(v.scale[at]), bias = splat(v.bias[at]);
   Vec<A> total[kSums] = {};
   for (int64_t i = 0; i < pixels;) {
     const int64_t end = pixels - i < 64 * L ? pixels : i + 64 * L;
     PooledSums<T, kAct, kSums> sums[2];
-    for (; i + 4 * L <= end; i += 4 * L) {
-      prefetch_ahead<4>(y + i);
-      if constexpr (kWeighted) prefetch_ahead<4>(g + i);
-      pool<T, kAct, kSums, kWeighted, false, 4, false>(v, at, y + i, g + i, L, 0, sums);
-    }
-    for (; i + L <= end; i += L) pool<T, kAct, kSums, kWeighted, false, 1, false>(v, at, y + i, g + i, L, 0, sums);
-    if (i < end) pool<T, kAct, kSums, kWeighted, false, 1, true>(v, at, y + i, g + i, L, end - i, sums);
+    const auto add = [&](int64_t from, int j) {
+      prefetch_ahead(y + from);
+      if constexpr (kWeighted) prefetch_ahead(g + from);
+      sums[j].add(load(y + from), kWeighted ? load(g + from) : splat<A>(1), mean, scale, bias, act);
+    };
+    for (; i + 2 * L <= end; i += 2 * L) add(i, 0), add(i + L, 1);
+    for (; i + L <= end; i += L) add(i, 0);
+    if (i < end) sums[0].add(load(y + i, end - i), kWeighted ? load(g + i, end - i) : mask<A>(end - i), mean, scale, bias, act);
     i = end;
     for (int s = 0; s < kSums; ++s) total[s] += sums[0].sums[s] + sums[1].sums[s];
   }
@@ -102,13 +99,8 @@ void squeeze_tasks(const Branches<T>& v, const T* g, const Segments& segments, A
       }
       for (int i = 0; i < kSums; ++i)
         for (int64_t c = 0; c < v.C; ++c) sums[i * v.M * v.C + c] = 0;
-      const T* y = v.y[m] + (b * v.HW + start) * v.C;
-      const T* weight = kWeighted ? g + (b * v.HW + start) * v.C : nullptr;
-      constexpr int64_t kN = kPixelsAtOnce;
-      int64_t pixel = 0;
-      for (; pixel + kN <= pixels; pixel += kN, y += kN * v.C, weight += kN * v.C)
-        pool_pixels<T, kAct, kSums, kWeighted, kN>(v, m, y, weight, sums);
-      for (; pixel < pixels; ++pixel, y += v.C, weight += v.C) pool_pixels<T, kAct, kSums, kWeighted, 1>(v, m, y, weight, sums);
+      const int64_t at = (b * v.HW + start) * v.C;
+      each_pixel<A>(PoolChannels<T, kAct, kSums, kWeighted>{v, m, v.y[m] + at, kWeighted ? g + at : nullptr, sums}, v.C, pixels);
     }
   }
 }
@@ -142,13 +134,18 @@ static std::vector<Tensor> pooled_sums(TensorList ys, const Tensor& mean, const 
     const int64_t channels = v.channels_last ? 1 : C;
     at::parallel_for(0, B * segments.per_image * channels, grain(M * std::min(v.HW, segments.pixels) * C / channels),
                      [&](int64_t first, int64_t last) { kernel(v, weight, segments, part, first, last); });
+    // Pairwise: a chain would round the same way at each addition, where the segments' sums are alike.
     at::parallel_for(0, B, grain(segments.per_image * sums * M * C), [&](int64_t first, int64_t last) {
-      for (int64_t segment = first * segments.per_image; segment < last * segments.per_image; ++segment)
-        for (int64_t i = 0; i < sums; ++i) {
-          A* const to = out[i].data_ptr<A>() + segment / segments.per_image * M * C;
-          const A* const from = part + (segment * sums + i) * M * C;
-          for (int64_t c = 0; c < M * C; ++c) to[c] += from[c];
-        }
+      const int64_t row = sums * M * C;
+      for (int64_t b = first; b < last && segments.per_image > 0; ++b) {
+        A* const image = part + b * segments.per_image * row;
+        for (int64_t step = 1; step < segments.per_image; step *= 2)
+          for (int64_t segment = 0; segment + step < segments.per_image; segment += 2 * step) {
+            A* const to = image + segment * row;
+            for (int64_t c = 0; c < row; ++c) to[c] += to[step * row + c];
+          }
+        for (int64_t i = 0; i < sums; ++i) std::copy_n(image + i * M * C, M * C, out[i].data_ptr<A>() + b * M * C);
+      }
     });
   });
   return out;
