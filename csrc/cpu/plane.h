@@ -76,9 +76,9 @@ SK_INLINE void add_precisely(float* sum, float* missed, Vec<float> value) {
   store(missed, load(missed) + ((before - (after - added)) + (value - added)));
 }
 
-// At most L pixels of at most L channels, a vector each: from and to the channels at `image`, pixel p and on. In channels_last these are
-// a short piece of every pixel, which the hardware does not foresee: those of later pixels are prefetched, and, `ahead` of these
-// pixels' pieces, those of the next task.
+// At most L pixels of at most L channels, a vector each: from and to the channels at `image`, pixel p and on. These are short pieces
+// of every channel, or pixel, which the hardware does not foresee: those of the next task are prefetched, `ahead` channels later,
+// and in channels_last those of later pixels.
 template <class T>
 SK_INLINE void load_pixels(const T* image, const Picture& s, int64_t p, int64_t pixels, int64_t channels, Vec<float> (&v)[kLanes<float>],
                            int64_t ahead = kLanes<float>) {
@@ -86,11 +86,10 @@ SK_INLINE void load_pixels(const T* image, const Picture& s, int64_t p, int64_t 
   const T* const from = image + p * (s.channels_last ? s.C : 1);
   const int64_t step = s.channels_last ? s.C : s.pixels(), rows = s.channels_last ? pixels : channels,
                 columns = s.channels_last ? channels : pixels;
-  if (s.channels_last)
-    for (int i = 0; i < L; ++i) {
-      __builtin_prefetch(from + (2 * L + i) * step);
-      __builtin_prefetch(from + i * step + ahead, 0, 2);
-    }
+  for (int i = 0; i < L; ++i) {
+    if (s.channels_last) __builtin_prefetch(from + (2 * L + i) * step);
+    __builtin_prefetch(from + i * step + ahead * s.channel_step(), 0, 2);
+  }
   if (rows == L && columns == L)
     for (int i = 0; i < L; ++i) v[i] = load(from + i * step);
   else if (columns == L)
