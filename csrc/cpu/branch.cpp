@@ -5,7 +5,9 @@
 // The deviations from a centre near the mean, and their squares, give both moments, right also when |mean| >> std. The mean of a few
 // values can be the centre, and one look is enough: where it is more than two standard deviations from the mean, so that the sums
 // would cancel, a second look has the mean that the first found.
-template <class A> SK_INLINE bool cancels(A sum, A squares, int64_t pixels) { return !(sum * sum <= A(0.8) * static_cast<A>(pixels) * squares); }
+template <class A> SK_INLINE bool cancels(A sum, A squares, int64_t pixels) {
+  return !(sum * sum <= A(0.8) * static_cast<A>(pixels) * squares);
+}
 
 // Where lanes are channels, and a chain of additions is long, a centre in half precision leaves deviations with so few bits that their
 // sum is exact. The last bits of the deviations from any other are all the same, and round the same way.
