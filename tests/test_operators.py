@@ -252,11 +252,12 @@ def test_variance_where_the_first_rows_are_far_from_the_rest(layout: str):
 def test_variance_where_a_sample_is_far_from_the_rest(channels: int, layout: str):
     """Outliers at even distances, of some channels: a few pixels from all over the map may hit no other."""
     y = 1e3 + torch.randn(2, channels, 64, 64)
-    y.flatten(2)[:, ::3, ::16] += 1e4
+    y.flatten(2)[:, ::3, ::64] += 1e4
     ys = [y.to(memory_format=LAYOUTS[layout])]
     ours, exact = native.branch_statistics(ys), exact_statistics(ys)
     eps = torch.finfo(torch.float32).eps
-    torch.testing.assert_close(ours[0].double(), exact[0], rtol=2 * eps, atol=0)
+    # What is added up is as large as the outliers are far from the mean, which is more than the mean itself.
+    torch.testing.assert_close(ours[0].double(), exact[0], rtol=2 * eps, atol=eps * exact[1].max().sqrt().item())
     torch.testing.assert_close(ours[1].double(), exact[1], rtol=16 * eps, atol=0)
 
 
