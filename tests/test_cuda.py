@@ -52,7 +52,8 @@ class Host(NamedTuple):
 
 # And the tests that are run.
 RUNS = {
-    "all": (Host(1, 3), "test_operators", "not instruction_set and not threads and not memory and not (opcheck and (float16 or float64))"),
+    # The outliers of `sample_is_far` are for the CPU's statistics, whose centre is a sample of a segment.
+    "all": (Host(1, 3), "test_operators", "not instruction_set and not threads and not memory and not sample_is_far and not (opcheck and (float16 or float64))"),
     "one block": (Host(2, 1), "test_operators", "matches_reference and not silu and float32 and not 67 and not 31"),
     "many blocks": (Host(3, 40), "test_operators", "matches_reference and bfloat16 and not 67 and not 31 or small_operators and float32"),
     "units": (Host(1, 3), "test_convolutions", "match_pytorch and (bfloat16 or float16)"),
