@@ -52,7 +52,7 @@ class Host(NamedTuple):
 
 # And the tests that are run.
 RUNS = {
-    # The outliers of `sample_is_far` are for the CPU's statistics, whose centre is a sample of a segment.
+    # Not `sample_is_far`, which fails here: these kernels' mean is an ulp of the outliers off.
     "all": (Host(1, 3), "test_operators", "not instruction_set and not threads and not memory and not sample_is_far and not (opcheck and (float16 or float64))"),
     "one block": (Host(2, 1), "test_operators", "matches_reference and not silu and float32 and not 67 and not 31"),
     "many blocks": (Host(3, 40), "test_operators", "matches_reference and bfloat16 and not 67 and not 31 or small_operators and float32"),
