@@ -85,7 +85,13 @@ template <int kGroup> void weight_gradient(const Plane& x, const Plane& dy, int6
 using ConvolveRow = void (*)(const float* const*, const Weights&, const float*, float*, int64_t, int64_t);
 using WeightGradient = void (*)(const Plane&, const Plane&, int64_t, int64_t, float*);
 
+// As many sums as there are registers for, beside three weights and a channel.
+constexpr int kLongestTile = SK_VECTOR_BYTES == 64 ? 14 : 10;
+inline int64_t longest_tile() { return kLongestTile; }
+
 template <int kGroup, int kDilation> SK_INLINE ConvolveRow pick_convolve_row(int64_t stride, int64_t tile) {
+  if constexpr (kLongestTile == 14)
+    if (tile == 14) return stride == 1 ? convolve_row<kGroup, kDilation, 1, 14> : convolve_row<kGroup, kDilation, 2, 14>;
   if (tile == 7) return stride == 1 ? convolve_row<kGroup, kDilation, 1, 7> : convolve_row<kGroup, kDilation, 2, 7>;
   if (tile == 8) return stride == 1 ? convolve_row<kGroup, kDilation, 1, 8> : convolve_row<kGroup, kDilation, 2, 8>;
   return stride == 1 ? convolve_row<kGroup, kDilation, 1, 10> : convolve_row<kGroup, kDilation, 2, 10>;
@@ -284,17 +290,18 @@ struct Weights {
 
 // The convolutions, cut into clusters of channels.
 struct Clustered : Convolutions {
-  int64_t cluster;
+  int64_t cluster, longest_tile;
 
   int64_t clusters() const { return (in.C + cluster - 1) / cluster; }
   int64_t channels() const { return clusters() * cluster; }
 
-  // How many pixels of a row are summed at a time: 7, 8 or 10, whichever takes least. Two additions begin in a cycle and last
-  // four, so that fewer than 8 sums take as long as 8.
-  static int64_t tile(int64_t width) {
-    int64_t best = 8;
-    for (const int64_t tile : {7, 10})
-      if (whole_tiles(width, tile) / tile * std::max<int64_t>(tile, 8) < whole_tiles(width, best)) best = tile;
+  // How many pixels of a row are summed at a time: 7, 8, 10 or 14, whichever takes least, and of equals the most, which share more
+  // of the channels. Two additions begin in a cycle and last four, so that fewer than 8 sums take as long as 8.
+  int64_t tile(int64_t width) const {
+    const auto time = [&](int64_t tile) { return whole_tiles(width, tile) / tile * std::max<int64_t>(tile, 8); };
+    int64_t best = 7;
+    for (const int64_t tile : {8, 10, 14})
+      if (tile <= longest_tile && time(tile) <= time(best)) best = tile;
     return best;
   }
   static int64_t whole_tiles(int64_t width, int64_t tile) { return (width + tile - 1) / tile * tile; }
@@ -317,7 +324,7 @@ namespace sk {
 
 int64_t cluster_of_direct(const Convolutions& s) { return std::max(s.inputs, SK_PICK(lanes)()); }
 
-static Clustered clustered(const Convolutions& s) { return {s, cluster_of_direct(s)}; }
+static Clustered clustered(const Convolutions& s) { return {s, cluster_of_direct(s), SK_PICK(longest_tile)()}; }
 
 void branch_direct(const Convolutions& convolutions, const Tensor& x, TensorList weights, TensorList ys, const Tensor& mean,
                    const Tensor& var) {

@@ -251,8 +251,8 @@ SK_INLINE void convolve(const Branch<T>& branch, bool packed, int64_t image, int
   float* const u = v + 16 * v_step;
   float* const m = u + s.kept * 16 * u_step;
   float* const side_by_side = m + 16 * m_step;
-  const bool all_kept = s.kept * kChunk >= end - begin;
-  if (s.has_all_planes(images) && !packed)
+  const bool all_kept = s.kept * kChunk >= end - begin, take_turns = !s.has_all_planes(images);
+  if (!take_turns && !packed)
     for (int64_t i = 0; i < images; ++i) pack_input(branch, image + i, group, s.plane(scratch + i * plane_size, s.in, s.inputs));
   // The weights of the channels from here on are to be transformed next.
   int64_t next = begin;
@@ -260,11 +260,16 @@ SK_INLINE void convolve(const Branch<T>& branch, bool packed, int64_t image, int
     const int64_t count = tiles - start.in_task < s.span ? tiles - start.in_task : s.span;
     TileOf in = start;
     for (int64_t t = 0; t < count; ++t, in += 1) {
-      const Plane plane = s.plane(scratch + (s.planes > 1 ? in.image : 0) * plane_size, s.in, s.inputs);
-      if (!s.has_all_planes(images) && in.tile == 0) pack_input(branch, image + in.image, group, plane);
-      const Tile& tile = s.tile[in.tile];
+      int64_t i = in.image, of_image = in.tile, to_row = t;
+      if (take_turns) {
+        i = (start.in_task + t) / s.tiles, of_image = (start.in_task + t) % s.tiles;
+        to_row = s.bands.place(of_image, i, images) - start.in_task;
+        if (of_image == 0) pack_input(branch, image + i, group, s.plane(scratch, s.in, s.inputs));
+      }
+      const Plane plane = s.plane(scratch + (take_turns ? 0 : i) * plane_size, s.in, s.inputs);
+      const Tile& tile = s.tile[of_image];
       const float* const pixel = plane.row(tile.row - s.dilation) + (tile.column - s.dilation) * s.inputs;
-      transform_inputs(pixel, s.dilation * plane.columns * s.inputs, s.dilation * s.inputs, s.inputs, v + t * s.inputs, v_step);
+      transform_inputs(pixel, s.dilation * plane.columns * s.inputs, s.dilation * s.inputs, s.inputs, v + to_row * s.inputs, v_step);
     }
     for (int64_t c = begin; c < end; c += kChunk) {
       float* const of_chunk = u + (c - begin) / kChunk % s.kept * 16 * u_step;
@@ -425,6 +430,12 @@ struct Bands {
     const bool last_row = position / 4 == 3, last_column = position % 4 == 3;
     return {last_column ? ends[0] : 0, last_row ? ends[1] : last_column ? ends[2] : ends[3]};
   }
+  // Where a tile of an image comes among those of a task, in the order of TileOf.
+  int64_t place(int64_t tile, int64_t image, int64_t images) const {
+    int64_t band = 0;
+    while (tile >= ends[band]) ++band;
+    return images * begin(band) + image * (ends[band] - begin(band)) + tile - begin(band);
+  }
 };
 
 // The tiles of a task, band by band and image by image: which one of its image this is, and of which image.
@@ -474,7 +485,8 @@ struct Winograd {
   // What transform_weights reads.
   int64_t channel_step, tap_step;
 
-  // Whether a task of so many images has a plane for each. Else these take turns in one plane, and their tiles come image by image.
+  // Whether a task of so many images has a plane for each. Else these take turns in one plane, image by image, and their tiles go to
+  // where the bands have them.
   bool has_all_planes(int64_t images) const { return planes >= images; }
   // Tiles may begin before the picture by one step and end up to two after it. A step is a dilation, at most the halo.
   int64_t plane_columns(const Picture& p) const { return p.W + 3 * halo; }
@@ -604,12 +616,13 @@ template <class T> static void cut(std::vector<Branch<T>>& branches, int64_t chu
     Winograd& w = branch.convolution;
     w.images = images;
     w.planes = bytes <= kPlanesBytes ? images : 1;
-    // Where images take turns in one plane their tiles are one band, and have all products made.
-    if (w.planes < images) w.bands = {0, w.tiles, w.tiles, w.tiles};
+    w.span = std::min(w.span, images * w.tiles);
+    // Where images take turns in one plane, and their tiles do not fit into a span, these come image by image: they are one band, and
+    // have all products made.
+    if (w.planes < images && images * w.tiles > w.span) w.bands = {0, w.tiles, w.tiles, w.tiles};
     w.parts = 1;
     const int64_t tasks = w.tasks();
     if (tasks < 4 * threads) w.parts = std::min(threads / std::gcd(tasks, threads), w.outputs / chunk);
-    w.span = std::min(w.span, images * w.tiles);
   }
 }
 
