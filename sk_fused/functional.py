@@ -188,7 +188,7 @@ def convolved(x, weights, stride, dilations, groups, norms, fc_reduce, attn_norm
         shapes = [tuple(weight.shape) for weight in weights]
         raise ValueError(f"weights: expected one (C, inputs, size, size) for each of the dilations {list(dilations)}, got {shapes}")
     backend, dtype = backends.choose([x]), _autocast_dtype(x)
-    if backend.why_not_convolve(x.shape, dtype, [w.shape for w in weights], stride, dilations, groups, x.device):
+    if backend.why_not_convolve(x.shape, dtype, [w.shape for w in weights], stride, dilations, groups, x.is_cuda):
         return None
     x, weights = _cast(x, dtype), [_cast(weight, dtype) for weight in weights]
     shape = branch_shape(x, weights, stride)
@@ -204,6 +204,9 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:
     """What autocast makes of x before a convolution."""
+    # A device's `type` takes longer to make than all else that is asked here.
+    if not torch._C._is_any_autocast_enabled():
+        return x.dtype
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)

@@ -468,10 +468,12 @@ _BRANCH_NORMS = ("BatchNormAct2d", "SyncBatchNormAct", "SyncBatchNorm", "FrozenB
 
 def _check_like_weights(x: Tensor, layer: nn.Module) -> None:
     """Raises if x has not the device and, outside autocast, the dtype of the layer's weights."""
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
     layer = layer._modules.get("conv", layer)
     weight = layer._parameters.get("weight")
+    if weight is not None and x.dtype == weight.dtype and x.device == weight.device:
+        return
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
     # A hook may bring the weights, and a parametrisation makes them.
     if weight is None or _hooked(layer):
         return
@@ -530,8 +532,10 @@ def _group(bn: nn.SyncBatchNorm) -> dist.ProcessGroup | None:
 
 
 def _count_batch(*norms: nn.Module) -> None:
-    counts = [bn._buffers.get("num_batches_tracked") for bn in norms if bn.training and getattr(bn, "track_running_stats", False)]
-    counts = [count for count in counts if count is not None]
+    counts = []
+    for bn in norms:
+        if bn.training and getattr(bn, "track_running_stats", False) and bn._buffers.get("num_batches_tracked") is not None:
+            counts.append(bn._buffers["num_batches_tracked"])
     if counts and not functional.recomputes():
         if only_pytorch():
             # As functional._move_running_statistics.
@@ -549,10 +553,10 @@ def _identity(us: Sequence[Tensor]) -> list[functional.BatchNorm]:
 def _hooked(*modules: nn.Module | None) -> bool:
     """Whether somebody listens to modules that the fused road does not call, or has replaced the forward of one."""
     for module in modules:
-        if module is None:
-            continue
-        if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return True
+        if module is not None:
+            own = module.__dict__
+            if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+                return True
     return False
 
 

@@ -194,7 +194,7 @@ def test_why_not_on_cuda(monkeypatch: pytest.MonkeyPatch):
 def test_why_not_convolve_on_cuda():
     def why_not(inputs: int, outputs: int, groups: int = 1, dtype: torch.dtype = torch.bfloat16, stride: int = 1, pixels=(2, 8, 8)) -> str | None:
         weights, (B, H, W) = [torch.Size((groups * outputs, inputs, 3, 3))] * 2, pixels
-        return native.why_not_convolve(torch.Size((B, groups * inputs, H, W)), dtype, weights, stride, [1, 2], groups, torch.device("cuda", 0))
+        return native.why_not_convolve(torch.Size((B, groups * inputs, H, W)), dtype, weights, stride, [1, 2], groups, True)
 
     assert_taken_and_refused(why_not)
     with torch.no_grad():

@@ -26,7 +26,6 @@ from .test_triton_compile import Compiled, chosen, compile_all, compiled
 from .triton_branch import CASES, operands
 
 
-GPU = torch.device("cuda", 0)
 
 
 def test_under_the_interpreter():
@@ -61,12 +60,12 @@ def test_what_is_not_taken_is_said():
         ({"shape": torch.Size((1, 64, 4096, 4096))}, "4096, 4096"),
     ):
         arguments = {"shape": shape, "dtype": torch.bfloat16, "weights": weights, "stride": 1, "dilations": [1, 2], "groups": 1, **change}
-        assert says in triton.why_not_convolve(**arguments, device=GPU)
+        assert says in triton.why_not_convolve(**arguments, on_cuda=True)
     for inputs, C, groups, _, stride, dilations, kernels in CASES.values():
         for share in (inputs // groups, inputs // groups // len(kernels)):
             taken = [torch.Size((C, share, k, k)) for k in kernels]
             x = torch.Size((2, share * groups * (1 if share == inputs // groups else len(kernels)), 14, 14))
-            assert triton.why_not_convolve(x, torch.float32, taken, stride, dilations, groups, GPU) is None
+            assert triton.why_not_convolve(x, torch.float32, taken, stride, dilations, groups, True) is None
 
 
 def test_case_of_a_call_tells_what_changes_the_times(monkeypatch: pytest.MonkeyPatch):

@@ -60,8 +60,8 @@ template <class T> void transpose_rows(const T* rows, int64_t row, float* out) {
   for (int64_t k = 0; k < row; k += L) {
     Vec<float> v[L];
     for (int64_t i = 0; i < L; ++i) {
-      // More streams than the processor foresees by itself.
-      __builtin_prefetch(rows + i * row + k + 8 * L);
+      // More streams than the processor foresees by itself: the next rows that are transposed.
+      __builtin_prefetch(rows + (i + L) * row + k, 0, 2);
       v[i] = load(rows + i * row + k);
     }
     transpose(v);

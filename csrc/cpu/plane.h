@@ -106,8 +106,10 @@ SK_INLINE void store_pixels(T* image, const Picture& s, int64_t p, int64_t pixel
   const int64_t step = s.channels_last ? s.C : s.pixels(), rows = s.channels_last ? pixels : channels,
                 columns = s.channels_last ? channels : pixels;
   if (!s.channels_last) transpose(v);
-  if (s.channels_last)
-    for (int i = 0; i < L; ++i) __builtin_prefetch(to + (2 * L + i) * step, 1);
+  for (int i = 0; i < L; ++i) {
+    if (s.channels_last) __builtin_prefetch(to + (2 * L + i) * step, 1);
+    else __builtin_prefetch(to + (L + i) * step, 1, 2);
+  }
   if (rows == L && columns == L)
     for (int i = 0; i < L; ++i) store(to + i * step, v[i]);
   else if (columns == L)

@@ -20,14 +20,22 @@ void select_tasks(const Blocks& blocks, const Picture& out, int64_t M, float slo
     for (int64_t k = 0; k < blocks.cluster; k += L) {
       const int64_t c = cluster * blocks.cluster + k, lanes = clamp<L>(out.C - c);
       if (lanes == 0) break;
-      Vec<float> total[L] = {};
-      for (int64_t m = 0; m < M; ++m) {
-        const Vec<float> weight = load_some(a + (b * M + m) * out.C + c, lanes);
-        const float* const from = z + (m * out.pixels() + p) * blocks.cluster + k;
-        for (int j = 0; j < L; ++j)
-          if (j < pixels) total[j] += weight * act(load(from + j * blocks.cluster));
-      }
-      store_pixels(v + out.offset(b, c), out, p, pixels, lanes, total);
+      const auto select = [&]<bool kWhole>() {
+        Vec<float> total[L] = {};
+        for (int64_t m = 0; m < M; ++m) {
+          const Vec<float> weight = load_some(a + (b * M + m) * out.C + c, lanes);
+          const float* const from = z + (m * out.pixels() + p) * blocks.cluster + k;
+#pragma GCC unroll 16
+          for (int j = 0; j < L; ++j)
+            if (kWhole || j < pixels) {
+              prefetch_ahead(from + j * blocks.cluster);
+              total[j] += weight * act(load(from + j * blocks.cluster));
+            }
+        }
+        store_pixels(v + out.offset(b, c), out, p, kWhole ? L : pixels, lanes, total);
+      };
+      if (pixels == L) select.template operator()<true>();
+      else select.template operator()<false>();
     }
   }
 }
@@ -64,16 +72,22 @@ Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArra
 
   const int64_t cluster = s.winograd() ? cluster_of_winograd(s) : cluster_of_direct(s), clusters = (s.out.C + cluster - 1) / cluster;
   const int64_t channels = clusters * cluster, values = s.M * channels * s.out.pixels();
-  const Tensor shift = at::constant_pad_nd(bias - mean * scale, {0, channels - s.out.C});
   const Tensor z = scratch_of(kept_for_blocks, images * values, bytes), pooled = at::empty({images, 2, channels}, at::kFloat);
-  const Blocks blocks{clusters, cluster, shift.const_data_ptr<float>(), z.data_ptr<float>(), pooled.data_ptr<float>()};
-  const Tensor packed = s.winograd() ? Tensor() : pack_weights(s, weights, channels, scale.const_data_ptr<float>()), v = output_like(s, x);
+  const float *const means_in = mean.const_data_ptr<float>(), *const scales = scale.const_data_ptr<float>(), *const biases = bias.const_data_ptr<float>();
+  std::vector<float> shift(s.M * channels);
+  for (int64_t m = 0; m < s.M; ++m)
+    for (int64_t c = 0; c < s.out.C; ++c) {
+      const int64_t i = m * s.out.C + c;
+      shift[m * channels + c] = biases[i] - means_in[i] * scales[i];
+    }
+  const Blocks blocks{clusters, cluster, shift.data(), z.data_ptr<float>(), pooled.data_ptr<float>()};
+  const Tensor packed = s.winograd() ? Tensor() : pack_weights(s, weights, channels, scales), v = output_like(s, x);
   std::vector<float> descriptors(images * s.out.C), reduced(images * attention.D), hidden(images * attention.D), a(images * s.M * s.out.C);
   for (int64_t image = 0; image < s.B; image += images) {
     Convolutions part = s;
     part.B = std::min(images, s.B - image);
     const Tensor of_part = x.narrow(0, image, part.B);
-    if (s.winograd()) unit_branches_winograd(part, of_part, weights, scale.const_data_ptr<float>(), blocks, activation, negative_slope);
+    if (s.winograd()) unit_branches_winograd(part, of_part, weights, scales, blocks, activation, negative_slope);
     else unit_branches_direct(part, of_part, packed, blocks, activation, negative_slope);
     const Attended<float> of{part.B, descriptors.data(), reduced.data(), hidden.data(), a.data()};
     attention.attend<float>(of, blocks.pooled, 2, channels, s.out.pixels(), false, attn_mean_in.data_ptr<float>(),

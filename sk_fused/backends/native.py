@@ -20,30 +20,30 @@ def why_not(branches: Sequence[Tensor]) -> str | None:
     """The reason why these branches cannot be taken, or None."""
     if _C is None:
         return _missing
-    device = branches[0].device
-    if device.type not in ("cpu", "cuda"):
-        return f"the native kernels run on a CPU or a CUDA device, the branches are on {device}"
-    if device.type == "cuda":
-        reason = native_on_cuda.why_not(device, len(branches))
+    y = branches[0]
+    if y.is_cuda:
+        reason = native_on_cuda.why_not(y.device, len(branches))
         if reason:
             return reason
-    if branches[0].dtype not in DTYPES:
-        return f"the native kernels take float32, float64, bfloat16 and float16, the branches are {branches[0].dtype}"
-    if branches[0].shape[0] == 0:
+    elif not y.is_cpu:
+        return f"the native kernels run on a CPU or a CUDA device, the branches are on {y.device}"
+    if y.dtype not in DTYPES:
+        return f"the native kernels take float32, float64, bfloat16 and float16, the branches are {y.dtype}"
+    if y.shape[0] == 0:
         return "the native kernels take at least one image, the batch is empty"
     return None
 
 
 def why_not_convolve(
-    shape: torch.Size, dtype: torch.dtype, weights: Sequence[torch.Size], stride: int, dilations: Sequence[int], groups: int, device: torch.device
+    shape: torch.Size, dtype: torch.dtype, weights: Sequence[torch.Size], stride: int, dilations: Sequence[int], groups: int, on_cuda: bool
 ) -> str | None:
-    """The reason why convolutions of an x of this shape, dtype and device are left to PyTorch, or None."""
+    """The reason why convolutions of an x of this shape and dtype, on a CUDA device or a CPU, are left to PyTorch, or None."""
     inputs, outputs, M = weights[0][1], weights[0][0] // groups, len(weights)
     if any(w != (groups * outputs, inputs, 3, 3) for w in weights) or shape[1] not in (groups * inputs, M * groups * inputs):
         return f"the native convolutions are 3 × 3 of one input or of its parts, got weights {[tuple(w) for w in weights]} for {shape[1]} channels"
     if M > 8 or not all(1 <= d <= 3 for d in dilations):
         return f"the native convolutions have at most 8 branches and dilations from 1 to 3, got {M} and {list(dilations)}"
-    if device.type == "cuda":
+    if on_cuda:
         return native_on_cuda.why_not_convolve(shape, dtype, inputs, outputs, groups, stride)
     if inputs == outputs and inputs in (4, 8, 16, 32) and shape[1] == groups * inputs and stride in (1, 2) and dtype != torch.float64:
         return None
