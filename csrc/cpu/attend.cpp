@@ -100,7 +100,7 @@ namespace sk {
 static Tensor matrix(const Tensor& fc, const char* name, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(fc.dim() == 2 || (fc.dim() == 4 && fc.size(2) == 1 && fc.size(3) == 1), name,
                     ": expected a matrix or the weight of a 1 x 1 convolution, got shape ", fc.sizes());
-  return fc.flatten(1).to(dtype).contiguous();
+  return array_of(fc.flatten(1), dtype);
 }
 
 Attention::Attention(at::ScalarType dtype, int64_t C, const Tensor& fc_reduce_, const std::optional<Tensor>& weight_,
@@ -117,7 +117,7 @@ Attention::Attention(at::ScalarType dtype, int64_t C, const Tensor& fc_reduce_, 
 }
 
 Tensor Attention::vector(const Tensor& t, const char* name, int64_t length) const {
-  const Tensor converted = t.to(dtype).contiguous();
+  const Tensor converted = array_of(t, dtype);
   check_array(converted, name, dtype, {length});
   return converted;
 }

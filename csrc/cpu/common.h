@@ -83,6 +83,9 @@ struct Segments {
 template <class A>
 void join_moments(const A* moments, const A* missed, const Segments& segments, int64_t B, int64_t HW, int64_t channels, A* mean, A* var);
 
+// t, contiguous and in this dtype. To ask PyTorch for it takes longer than to see that there is nothing to do.
+inline at::Tensor array_of(const at::Tensor& t, at::ScalarType dtype) { return (t.scalar_type() == dtype ? t : t.to(dtype)).contiguous(); }
+
 // Rows per task so that a task is worth a thread: about 32 Ki elements.
 inline int64_t grain(int64_t elements_per_row) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, elements_per_row)); }
 

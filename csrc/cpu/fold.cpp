@@ -18,7 +18,7 @@ Folded fold(const OptionalTensors& weights, const OptionalTensors& biases, Tenso
   check_count(weights.size(), "norm_weights");
   check_count(biases.size(), "norm_biases");
   const auto vector = [&](const Tensor& t, const char* name) {
-    const Tensor converted = t.to(dtype).contiguous();
+    const Tensor converted = array_of(t, dtype);
     check_array(converted, name, dtype, {C});
     return converted;
   };

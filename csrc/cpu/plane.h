@@ -99,6 +99,7 @@ SK_INLINE void load_pixels(const T* image, const Picture& s, int64_t p, int64_t 
   if (!s.channels_last) transpose(v);
 }
 
+// The other way round. Where later pixels, or channels, will go is prefetched.
 template <class T>
 SK_INLINE void store_pixels(T* image, const Picture& s, int64_t p, int64_t pixels, int64_t channels, Vec<float> (&v)[kLanes<float>]) {
   constexpr int L = kLanes<float>;

@@ -73,12 +73,13 @@ Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArra
   const int64_t cluster = s.winograd() ? cluster_of_winograd(s) : cluster_of_direct(s), clusters = (s.out.C + cluster - 1) / cluster;
   const int64_t channels = clusters * cluster, values = s.M * channels * s.out.pixels();
   const Tensor z = scratch_of(kept_for_blocks, images * values, bytes), pooled = at::empty({images, 2, channels}, at::kFloat);
-  const float *const means_in = mean.const_data_ptr<float>(), *const scales = scale.const_data_ptr<float>(), *const biases = bias.const_data_ptr<float>();
+  const float *const centres = mean.const_data_ptr<float>(), *const scales = scale.const_data_ptr<float>(),
+                     *const biases = bias.const_data_ptr<float>();
   std::vector<float> shift(s.M * channels);
   for (int64_t m = 0; m < s.M; ++m)
     for (int64_t c = 0; c < s.out.C; ++c) {
       const int64_t i = m * s.out.C + c;
-      shift[m * channels + c] = biases[i] - means_in[i] * scales[i];
+      shift[m * channels + c] = biases[i] - centres[i] * scales[i];
     }
   const Blocks blocks{clusters, cluster, shift.data(), z.data_ptr<float>(), pooled.data_ptr<float>()};
   const Tensor packed = s.winograd() ? Tensor() : pack_weights(s, weights, channels, scales), v = output_like(s, x);
