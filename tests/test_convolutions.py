@@ -47,6 +47,7 @@ CASES = {
     "dense, long rows": (16, 16, 1, (1, 2, 131), 1, (2, 3)),
     "dense, more planes than fit": (128, 32, 1, (4, 7, 9), 1, (1, 2)),
     "dense, images that take turns in one plane": (128, 32, 1, (17, 7, 9), 1, (1, 2)),
+    "dense, images that take turns, several spans": (128, 32, 1, (14, 7, 9), 1, (1, 2)),
     "dense, several spans": (64, 64, 1, (2, 16, 17), 1, (1, 2)),
     "dense, fewer images at last": (32, 32, 1, (5, 10, 11), 1, (3, 1)),
     "dense, narrow to wide": (16, 64, 1, (3, 9, 10), 1, (1, 2)),
