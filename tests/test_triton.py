@@ -20,7 +20,7 @@ OLDEST = Path(__file__).parent.parent / ".venv/oldest"
 class Branch:
     """What why_not looks at, of a tensor on a GPU that need not be there."""
 
-    device, dtype, shape = GPU, torch.float32, (2, 3, 4, 5)
+    device, is_cuda, is_cpu, dtype, shape = GPU, True, False, torch.float32, (2, 3, 4, 5)
 
 
 @pytest.fixture(autouse=True)
