@@ -26,8 +26,6 @@ from .test_triton_compile import Compiled, chosen, compile_all, compiled
 from .triton_branch import CASES, operands
 
 
-
-
 def test_under_the_interpreter():
     run = run_python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/triton_branch.py", TRITON_INTERPRET="1")
     assert run.returncode == 0, run.stdout
