@@ -8,48 +8,71 @@
 
 #include "plane.h"
 
-// v[position][tile][channels] of one tile, B^T x B; `pixel` is its first. A column of x B at a time: these fit into registers.
+// v[position][tile][channels] of one tile, B^T x B; `pixel` is its first. A column of x B at a time: these fit into registers. Of a
+// tile with one row of outputs, x has two rows, which are not mixed; likewise with one column.
+template <bool kOneRow, bool kOneColumn>
 SK_INLINE void transform_inputs(const float* pixel, int64_t row_step, int64_t column_step, int64_t channels, float* v,
                                 int64_t position_step) {
+  constexpr int kHeight = kOneRow ? 2 : 4;
   const float *const second = pixel + column_step, *const third = second + column_step, *const fourth = third + column_step;
   for (int64_t k = 0; k < channels; k += kLanes<float>) {
-    const auto column = [&](const float* a, const float* b, float sign, int64_t j) {
-      Vec<float> x[4];
-      for (int i = 0; i < 4; ++i) {
-        const Vec<float> from = load(b + i * row_step + k);
-        x[i] = load(a + i * row_step + k) + (sign < 0 ? -from : from);
+    const auto column = [&](const float* a, int sign, const float* b, int j) {
+      Vec<float> x[kHeight];
+      for (int i = 0; i < kHeight; ++i) {
+        x[i] = load(a + i * row_step + k);
+        if (sign > 0) x[i] += load(b + i * row_step + k);
+        if (sign < 0) x[i] -= load(b + i * row_step + k);
       }
-      float* const to = v + j * position_step + k;
-      store(to, x[0] - x[2]);
-      store(to + 4 * position_step, x[1] + x[2]);
-      store(to + 8 * position_step, x[2] - x[1]);
-      store(to + 12 * position_step, x[1] - x[3]);
+      const auto put = [&](int i, Vec<float> value) { store(v + position(i, j) * position_step + k, value); };
+      if constexpr (kOneRow) {
+        put(0, x[0]);
+        put(4, x[1]);
+      } else {
+        put(0, x[0] - x[2]);
+        put(1, x[1] + x[2]);
+        put(2, x[2] - x[1]);
+        put(3, x[1] - x[3]);
+      }
     };
-    column(pixel, third, -1, 0);
-    column(second, third, 1, 1);
-    column(third, second, -1, 2);
-    column(second, fourth, -1, 3);
+    if constexpr (kOneColumn) {
+      column(pixel, 0, nullptr, 0);
+      column(second, 0, nullptr, 4);
+    } else {
+      column(pixel, -1, third, 0);
+      column(second, 1, third, 1);
+      column(third, -1, second, 2);
+      column(second, -1, fourth, 3);
+    }
   }
 }
 
-// The same for the gradient of 2 x 2 outputs: A dy A^T.
+// The same for the gradient of a tile's outputs: A dy A^T.
+template <bool kOneRow, bool kOneColumn>
 SK_INLINE void transform_gradients(const float* pixel, int64_t row_step, int64_t column_step, int64_t channels, float* v,
                                    int64_t position_step) {
   for (int64_t k = 0; k < channels; k += kLanes<float>) {
-    Vec<float> x[4][2];
-    for (int j = 0; j < 2; ++j) {
-      const Vec<float> y0 = load(pixel + j * column_step + k), y1 = load(pixel + row_step + j * column_step + k);
-      x[0][j] = y0;
-      x[1][j] = y0 + y1;
-      x[2][j] = y0 - y1;
-      x[3][j] = -y1;
-    }
-    for (int i = 0; i < 4; ++i) {
-      float* const to = v + 4 * i * position_step + k;
-      store(to, x[i][0]);
-      store(to + position_step, x[i][0] + x[i][1]);
-      store(to + 2 * position_step, x[i][0] - x[i][1]);
-      store(to + 3 * position_step, -x[i][1]);
+    const auto row = [&](int i, const auto& of_column) {
+      const auto put = [&](int j, Vec<float> value) { store(v + position(i, j) * position_step + k, value); };
+      const Vec<float> y0 = of_column(0);
+      put(0, y0);
+      if constexpr (kOneColumn) {
+        put(4, y0);
+      } else {
+        const Vec<float> y1 = of_column(1);
+        put(1, y0 + y1);
+        put(2, y0 - y1);
+        put(3, -y1);
+      }
+    };
+    const auto upper = [&](int64_t j) { return load(pixel + j * column_step + k); };
+    const auto lower = [&](int64_t j) { return load(pixel + row_step + j * column_step + k); };
+    row(0, upper);
+    if constexpr (kOneRow) {
+      row(4, upper);
+    } else {
+      row(1, [&](int64_t j) { return upper(j) + lower(j); });
+      row(2, [&](int64_t j) { return upper(j) - lower(j); });
+      row(3, [&](int64_t j) { return -lower(j); });
     }
   }
 }
@@ -69,12 +92,13 @@ template <class T> void transpose_rows(const T* rows, int64_t row, float* out) {
   }
 }
 
-// G g G^T for L output channels, side by side and multiplied by `scale`, to u[position][inputs][step].
-void transform_weights(const float* weights, Vec<float> scale, int64_t inputs, int64_t channel_step, int64_t tap_step, float* u,
+// G g G^T for L output channels, side by side and multiplied by `scale`, to u[position][inputs][step]; to the fifth row and column
+// only if there are `edges`.
+void transform_weights(const float* weights, Vec<float> scale, int64_t inputs, int64_t channel_step, int64_t tap_step, bool edges, float* u,
                        int64_t step, int64_t position_step) {
   constexpr int64_t L = kLanes<float>;
   for (int64_t i = 0; i < inputs; ++i) {
-    Vec<float> g[4][3];
+    Vec<float> g[5][3];
     for (int kx = 0; kx < 3; ++kx) {
       const float* const w = weights + (i * channel_step + kx * tap_step) * L;
       const Vec<float> g0 = scale * load(w), g1 = scale * load(w + 3 * tap_step * L), g2 = scale * load(w + 6 * tap_step * L);
@@ -82,33 +106,35 @@ void transform_weights(const float* weights, Vec<float> scale, int64_t inputs, i
       g[1][kx] = 0.5f * (g0 + g1 + g2);
       g[2][kx] = 0.5f * (g0 - g1 + g2);
       g[3][kx] = g2;
+      g[4][kx] = g1;
     }
-    for (int r = 0; r < 4; ++r) {
-      float* const to = u + 4 * r * position_step + i * step;
-      store(to, g[r][0]);
-      store(to + position_step, 0.5f * (g[r][0] + g[r][1] + g[r][2]));
-      store(to + 2 * position_step, 0.5f * (g[r][0] - g[r][1] + g[r][2]));
-      store(to + 3 * position_step, g[r][2]);
+    for (int r = 0; r < 4 + edges; ++r) {
+      const auto put = [&](int c, Vec<float> value) { store(u + position(r, c) * position_step + i * step, value); };
+      put(0, g[r][0]);
+      put(1, 0.5f * (g[r][0] + g[r][1] + g[r][2]));
+      put(2, 0.5f * (g[r][0] - g[r][1] + g[r][2]));
+      put(3, g[r][2]);
+      if (edges) put(4, g[r][1]);
     }
   }
 }
 
 // Its transpose, for the gradients of L output channels: G^T du G, to out[(i * 9 + k) * L].
-void transform_weight_gradients(const float* du, int64_t inputs, int64_t step, int64_t position_step, float* out) {
+void transform_weight_gradients(const float* du, int64_t inputs, bool edges, int64_t step, int64_t position_step, float* out) {
   constexpr int64_t L = kLanes<float>;
   for (int64_t i = 0; i < inputs; ++i) {
-    Vec<float> g[3][4];
-    for (int c = 0; c < 4; ++c) {
-      Vec<float> u[4];
-      for (int r = 0; r < 4; ++r) u[r] = load(du + (4 * r + c) * position_step + i * step);
+    Vec<float> g[3][5] = {};
+    for (int c = 0; c < 4 + edges; ++c) {
+      Vec<float> u[5] = {};
+      for (int r = 0; r < 4 + edges; ++r) u[r] = load(du + position(r, c) * position_step + i * step);
       g[0][c] = u[0] + 0.5f * (u[1] + u[2]);
-      g[1][c] = 0.5f * (u[1] - u[2]);
+      g[1][c] = u[4] + 0.5f * (u[1] - u[2]);
       g[2][c] = u[3] + 0.5f * (u[1] + u[2]);
     }
     for (int ky = 0; ky < 3; ++ky) {
       float* const to = out + (i * 9 + 3 * ky) * L;
       store(to, g[ky][0] + 0.5f * (g[ky][1] + g[ky][2]));
-      store(to + L, 0.5f * (g[ky][1] - g[ky][2]));
+      store(to + L, g[ky][4] + 0.5f * (g[ky][1] - g[ky][2]));
       store(to + 2 * L, g[ky][3] + 0.5f * (g[ky][1] + g[ky][2]));
     }
   }
@@ -131,23 +157,20 @@ template <int kRows, int kVecs> SK_INLINE void multiply(const float* v, const fl
 }
 
 // du (kRows of the inputs, kVecs * L) += the sum over some tiles of v (tiles, inputs) and d (tiles, kVecs * L of outputs), summed
-// apart: a chain of additions as long as the batch would round away more. Of `count` consecutive tiles, beginning with number `tile`
-// of an image of `tiles`, those are summed whose number in their image is `wanted`.
+// apart: a chain of additions as long as the batch would round away more.
 template <int kRows, int kVecs>
-SK_INLINE void multiply_transposed(const float* v, const float* d, int64_t count, int64_t tile, int64_t tiles, const Range& wanted,
-                                   int64_t inputs, int64_t outputs, float* du) {
+SK_INLINE void multiply_transposed(const float* v, const float* d, const Range* ranges, int64_t count, int64_t inputs, int64_t outputs,
+                                   float* du) {
   constexpr int64_t L = kLanes<float>;
   Vec<float> sum[kRows][kVecs] = {};
-  for (int64_t image = -tile; image < count; image += tiles) {
-    const int64_t end = image + wanted.end < count ? image + wanted.end : count;
-    for (int64_t t = image + wanted.begin > 0 ? image + wanted.begin : 0; t < end; ++t) {
+  for (const Range* range = ranges; range < ranges + count; ++range)
+    for (int64_t t = range->begin; t < range->end; ++t) {
       Vec<float> w[kVecs];
       for (int j = 0; j < kVecs; ++j) w[j] = load(d + t * outputs + j * L);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r)
         for (int j = 0; j < kVecs; ++j) sum[r][j] += v[t * inputs + r] * w[j];
     }
-  }
   for (int r = 0; r < kRows; ++r)
     for (int j = 0; j < kVecs; ++j) {
       float* const to = du + (r * kVecs + j) * L;
@@ -159,47 +182,60 @@ SK_INLINE void multiply_transposed(const float* v, const float* d, int64_t count
 constexpr int kRows = SK_VECTOR_BYTES == 64 ? 8 : 6, kTransposedRows = SK_VECTOR_BYTES == 64 ? 8 : 4;
 inline int64_t rows_of_product() { return kRows; }
 
-// A^T m A: 2 x 2 outputs of L channels.
-SK_INLINE void output_transform(const float* m, int64_t position_step, Vec<float> (&y)[2][2]) {
-  Vec<float> x[2][4];
-  for (int c = 0; c < 4; ++c) {
-    const Vec<float> m0 = load(m + c * position_step), m1 = load(m + (4 + c) * position_step), m2 = load(m + (8 + c) * position_step);
-    x[0][c] = m0 + m1 + m2;
-    x[1][c] = m1 - m2 - load(m + (12 + c) * position_step);
+// put(pixel, value) for those of a tile's outputs that are in the picture, L channels of them: A^T m A.
+template <bool kOneRow, bool kOneColumn, class F>
+SK_INLINE void each_output(const Tile& tile, const float* m, int64_t position_step, const F& put) {
+  constexpr int kHeight = kOneRow ? 1 : 2;
+  Vec<float> x[kHeight][5];
+  for (int c = 0; c < 5; ++c) {
+    if (kOneColumn ? c % 4 != 0 : c == 4) continue;
+    const auto product = [&](int r) { return load(m + position(r, c) * position_step); };
+    if constexpr (kOneRow) {
+      x[0][c] = product(0) + product(4);
+    } else {
+      const Vec<float> m1 = product(1), m2 = product(2);
+      x[0][c] = product(0) + m1 + m2;
+      x[1][c] = m1 - m2 - product(3);
+    }
   }
-  for (int r = 0; r < 2; ++r) {
-    y[r][0] = x[r][0] + x[r][1] + x[r][2];
-    y[r][1] = x[r][1] - x[r][2] - x[r][3];
+  // Of tiles that are computed as whole ones, most are.
+  const bool all = kOneRow || kOneColumn || tile.pixel[3] >= 0;
+  for (int r = 0; r < kHeight; ++r) {
+    const int32_t* const pixel = tile.pixel + 2 * r;
+    if constexpr (kOneColumn) {
+      put(pixel[0], x[r][0] + x[r][4]);
+    } else {
+      if (all || pixel[0] >= 0) put(pixel[0], x[r][0] + x[r][1] + x[r][2]);
+      if (all || pixel[1] >= 0) put(pixel[1], x[r][1] - x[r][2] - x[r][3]);
+    }
   }
 }
 
-// put(pixel, value) for those of a tile's outputs that are in the picture: of most tiles, all.
-template <class F> SK_INLINE void each_output(const Tile& tile, const Vec<float> (&y)[2][2], const F& put) {
-  if (tile.pixel[3] >= 0) {
-    for (int i = 0; i < 4; ++i) put(tile.pixel[i], y[i / 2][i % 2]);
-  } else {
-    for (int i = 0; i < 3; ++i)
-      if (tile.pixel[i] >= 0) put(tile.pixel[i], y[i / 2][i % 2]);
+// f.operator()<kOneRow, kOneColumn>() for the tiles of a band.
+template <class F> SK_INLINE void for_band(int64_t band, const F& f) {
+  switch (band) {
+    case 0: return f.template operator()<false, true>();
+    case 1: return f.template operator()<false, false>();
+    case 2: return f.template operator()<true, false>();
+    default: return f.template operator()<true, true>();
   }
 }
 
-// What becomes of the outputs of some tiles of image b, kVecs * L channels from channel c on: they go to, or with `add` are added
-// to, images whose pixels are `step` apart.
+// What becomes of the outputs of some tiles of a band, of image b, kVecs * L channels from channel c on: they go to, or with `add` are
+// added to, images whose pixels are `step` apart.
 template <class T, int kVecs> struct ToImages {
   T* images;
   int64_t image_step, step;
   bool add;
-  SK_INLINE void operator()(int64_t b, const Tile* tiles, int64_t count, int64_t c, const float* m, int64_t position_step) const {
+  template <bool kOneRow, bool kOneColumn>
+  SK_INLINE void put(int64_t b, const Tile* tiles, int64_t count, int64_t c, const float* m, int64_t position_step) const {
     constexpr int64_t L = kLanes<float>;
     for (int64_t t = 0; t < count; ++t)
-      for (int j = 0; j < kVecs; ++j) {
-        Vec<float> y[2][2];
-        output_transform(m + (t * kVecs + j) * L, position_step, y);
-        each_output(tiles[t], y, [&](int64_t pixel, Vec<float> value) {
+      for (int j = 0; j < kVecs; ++j)
+        each_output<kOneRow, kOneColumn>(tiles[t], m + (t * kVecs + j) * L, position_step, [&](int64_t pixel, Vec<float> value) {
           T* const to = images + b * image_step + pixel * step + c + j * L;
           store(to, add ? load(to) + value : value);
         });
-      }
   }
 };
 
@@ -209,21 +245,19 @@ template <int kVecs, Activation kAct> struct ToBlocks {
   const float* bias;
   float *z, *pooled;
   int64_t image_step, block_step, channels;
-  SK_INLINE void operator()(int64_t b, const Tile* tiles, int64_t count, int64_t c, const float* m, int64_t position_step) const {
+  template <bool kOneRow, bool kOneColumn>
+  SK_INLINE void put(int64_t b, const Tile* tiles, int64_t count, int64_t c, const float* m, int64_t position_step) const {
     constexpr int64_t L = kLanes<float>;
     float* const block = z + b * image_step + c / (kVecs * L) * block_step;
     for (int j = 0; j < kVecs; ++j) {
       const Vec<float> shift = load(bias + c + j * L);
       Vec<float> total = {};
-      for (int64_t t = 0; t < count; ++t) {
-        Vec<float> y[2][2];
-        output_transform(m + (t * kVecs + j) * L, position_step, y);
-        each_output(tiles[t], y, [&](int64_t pixel, Vec<float> value) {
+      for (int64_t t = 0; t < count; ++t)
+        each_output<kOneRow, kOneColumn>(tiles[t], m + (t * kVecs + j) * L, position_step, [&](int64_t pixel, Vec<float> value) {
           value += shift;
           store(block + (pixel * kVecs + j) * L, value);
           total += act(value);
         });
-      }
       float* const sum = pooled + b * 2 * channels + c + j * L;
       add_precisely(sum, sum + channels, total);
     }
@@ -237,7 +271,7 @@ template <class T> SK_INLINE void pack_input(const Branch<T>& branch, int64_t b,
   else pack(branch.x + s.in.offset(b, s.first_input + group * s.inputs), s.in, s.inputs, plane);
 }
 
-// Output channels `begin` to `end` of a group, of some images: the products of an image's tiles go to to(image, tiles, channel, ...).
+// Output channels `begin` to `end` of a group, of some images: the products of an image's tiles go to to.put(image, tiles, ...).
 // With `packed` the planes have the images already.
 template <int kVecs, class T, class To>
 SK_INLINE void convolve(const Branch<T>& branch, bool packed, int64_t image, int64_t images, int64_t group, int64_t begin, int64_t end,
@@ -248,52 +282,58 @@ SK_INLINE void convolve(const Branch<T>& branch, bool packed, int64_t image, int
   const int64_t plane_size = s.plane_size(s.in, s.inputs), v_step = position_step(s.span * s.inputs),
                 u_step = position_step(s.inputs * kChunk), m_step = position_step(kTilesOfProduct * kChunk), tiles = images * s.tiles;
   float* const v = scratch + s.planes * plane_size;
-  float* const u = v + 16 * v_step;
-  float* const m = u + s.kept * 16 * u_step;
-  float* const side_by_side = m + 16 * m_step;
+  float* const u = v + s.bands.positions() * v_step;
+  float* const m = u + s.kept * s.bands.positions() * u_step;
+  float* const side_by_side = m + s.bands.positions() * m_step;
   const bool all_kept = s.kept * kChunk >= end - begin, take_turns = !s.has_all_planes(images);
   if (!take_turns && !packed)
     for (int64_t i = 0; i < images; ++i) pack_input(branch, image + i, group, s.plane(scratch + i * plane_size, s.in, s.inputs));
   // The weights of the channels from here on are to be transformed next.
   int64_t next = begin;
-  for (TileOf start{s.bands, images}; start.in_task < tiles; start += s.span) {
-    const int64_t count = tiles - start.in_task < s.span ? tiles - start.in_task : s.span;
-    TileOf in = start;
+  for (TileOf start{s.bands, images, take_turns && tiles > s.span}; start.left() > 0; start += s.span) {
+    const int64_t count = start.left() < s.span ? start.left() : s.span;
+    TileOf in{s.bands, images, take_turns};
+    in += start.in_task;
     for (int64_t t = 0; t < count; ++t, in += 1) {
-      int64_t i = in.image, of_image = in.tile, to_row = t;
-      if (take_turns) {
-        i = (start.in_task + t) / s.tiles, of_image = (start.in_task + t) % s.tiles;
-        to_row = s.bands.place(of_image, i, images) - start.in_task;
-        if (of_image == 0) pack_input(branch, image + i, group, s.plane(scratch, s.in, s.inputs));
-      }
-      const Plane plane = s.plane(scratch + (take_turns ? 0 : i) * plane_size, s.in, s.inputs);
-      const Tile& tile = s.tile[of_image];
+      if (take_turns && in.tile == 0) pack_input(branch, image + in.image, group, s.plane(scratch, s.in, s.inputs));
+      const Plane plane = s.plane(scratch + (take_turns ? 0 : in.image) * plane_size, s.in, s.inputs);
+      const Tile& tile = s.tile[in.tile];
       const float* const pixel = plane.row(tile.row - s.dilation) + (tile.column - s.dilation) * s.inputs;
-      transform_inputs(pixel, s.dilation * plane.columns * s.inputs, s.dilation * s.inputs, s.inputs, v + to_row * s.inputs, v_step);
+      float* const to_tile = v + (in.by_image && !start.by_image ? in.place_in_bands() : t) * s.inputs;
+      for_band(in.band, [&]<bool kOneRow, bool kOneColumn>() {
+        transform_inputs<kOneRow, kOneColumn>(pixel, s.dilation * plane.columns * s.inputs, s.dilation * s.inputs, s.inputs, to_tile,
+                                              v_step);
+      });
     }
     for (int64_t c = begin; c < end; c += kChunk) {
-      float* const of_chunk = u + (c - begin) / kChunk % s.kept * 16 * u_step;
+      float* const of_chunk = u + (c - begin) / kChunk % s.kept * s.bands.positions() * u_step;
       for (int64_t j = 0, row = s.inputs * 9; j < kVecs && c == next; ++j) {
         const int64_t channel = group * s.outputs + c + j * L;
         if (weights.rows) transpose_rows(weights.rows + channel * row, row, side_by_side);
         transform_weights(weights.rows ? side_by_side : weights.packed + channel * row,
                           weights.scale ? load(weights.scale + channel) : splat(1.0f), s.inputs, s.channel_step, s.tap_step,
-                          of_chunk + j * L, kChunk, u_step);
+                          s.bands.edges(), of_chunk + j * L, kChunk, u_step);
       }
       if (c == next) next = all_kept || c + kChunk < end ? c + kChunk : begin;
       TileOf out = start;
       for (int64_t from = 0; from < count; from += kTilesOfProduct) {
         const int64_t until = from + kTilesOfProduct < count ? from + kTilesOfProduct : count;
-        for (int64_t position = 0; position < 16; ++position) {
-          const Range wanted = s.bands.wanted(position);
-          const int64_t first = images * wanted.begin - start.in_task, last = images * wanted.end - start.in_task;
-          for (int64_t t = first > from ? first - (first - from) % kRows : from; t < until && t < last; t += kRows)
-            multiply<kRows, kVecs>(v + position * v_step + t * s.inputs, of_chunk + position * u_step, s.inputs,
-                                   m + position * m_step + (t - from) * kChunk);
+        const Pieces pieces(out, until - from);
+        for (uint32_t left = pieces.positions; left != 0; left &= left - 1) {
+          const int64_t position = __builtin_ctz(left);
+          Range ranges[kMostPieces];
+          const int64_t needing = pieces.needing(position, ranges);
+          int64_t t = 0;
+          for (const Range* range = ranges; range < ranges + needing; ++range)
+            for (t = t > range->begin ? t : range->begin - range->begin % kRows; t < range->end; t += kRows)
+              multiply<kRows, kVecs>(v + position * v_step + (from + t) * s.inputs, of_chunk + position * u_step, s.inputs,
+                                     m + position * m_step + t * kChunk);
         }
         for (int64_t t = from, now; t < until; t += now, out += now) {
           now = until - t < out.in_band() ? until - t : out.in_band();
-          to(out.image, s.tile + out.tile, now, c, m + (t - from) * kChunk, m_step);
+          for_band(out.band, [&]<bool kOneRow, bool kOneColumn>() {
+            to.template put<kOneRow, kOneColumn>(out.image, s.tile + out.tile, now, c, m + (t - from) * kChunk, m_step);
+          });
         }
       }
     }
@@ -366,37 +406,44 @@ void weight_gradient_tasks(const Branch<T>* branches, int64_t width, float* part
     const int64_t v_step = position_step(s.span * s.inputs), d_step = position_step(s.span * width),
                   du_step = position_step(s.inputs * width), channels = s.groups * s.outputs;
     float* const v = scratch + s.plane_size(s.in, s.inputs) + s.plane_size(s.out, width);
-    float* const d = v + 16 * v_step;
-    float* const du = d + 16 * d_step;
+    float* const d = v + s.bands.positions() * v_step;
+    float* const du = d + s.bands.positions() * d_step;
     const int64_t part = task % tasks / (channels / width), channel = task % (channels / width) * width, group = channel / s.outputs;
-    std::memset(du, 0, 16 * du_step * sizeof(float));
-    const int64_t begin = part * s.B / s.parts, tiles = ((part + 1) * s.B / s.parts - begin) * s.tiles;
-    for (int64_t start = 0; start < tiles; start += s.span) {
-      const int64_t count = tiles - start < s.span ? tiles - start : s.span;
-      for (int64_t t = 0; t < count; ++t) {
-        const int64_t image = begin + (start + t) / s.tiles, in_image = (start + t) % s.tiles;
-        if (in_image == 0) {
-          pack(branch.x + s.in.offset(image, s.first_input + group * s.inputs), s.in, s.inputs, inputs);
-          branch.pack_gradient(*branch.gradient, branch.m, s.out, image, channel, gradients);
+    std::memset(du, 0, s.bands.positions() * du_step * sizeof(float));
+    const int64_t begin = part * s.B / s.parts;
+    for (TileOf start{s.bands, (part + 1) * s.B / s.parts - begin, true}; start.left() > 0; start += s.span) {
+      const int64_t count = start.left() < s.span ? start.left() : s.span;
+      TileOf in = start;
+      for (int64_t t = 0; t < count; ++t, in += 1) {
+        if (in.tile == 0) {
+          pack(branch.x + s.in.offset(begin + in.image, s.first_input + group * s.inputs), s.in, s.inputs, inputs);
+          branch.pack_gradient(*branch.gradient, branch.m, s.out, begin + in.image, channel, gradients);
         }
-        const Tile& tile = s.tile[in_image];
+        const Tile& tile = s.tile[in.tile];
         const int64_t rows = s.dilation * inputs.columns, columns = s.dilation;
-        transform_inputs(inputs.row(tile.row - columns) + (tile.column - columns) * s.inputs, rows * s.inputs, columns * s.inputs, s.inputs,
-                         v + t * s.inputs, v_step);
-        transform_gradients(gradients.row(tile.row) + tile.column * width, rows * width, columns * width, width, d + t * width, d_step);
+        for_band(in.band, [&]<bool kOneRow, bool kOneColumn>() {
+          transform_inputs<kOneRow, kOneColumn>(inputs.row(tile.row - columns) + (tile.column - columns) * s.inputs, rows * s.inputs,
+                                                columns * s.inputs, s.inputs, v + t * s.inputs, v_step);
+          transform_gradients<kOneRow, kOneColumn>(gradients.row(tile.row) + tile.column * width, rows * width, columns * width, width,
+                                                   d + t * width, d_step);
+        });
       }
-      for (int64_t position = 0; position < 16; ++position)
+      const Pieces pieces(start, count);
+      for (uint32_t left = pieces.positions; left != 0; left &= left - 1) {
+        const int64_t position = __builtin_ctz(left);
+        Range ranges[kMostPieces];
+        const int64_t needing = pieces.needing(position, ranges);
         for (int64_t c = 0; c < width; c += kChunk)
           for (int64_t i = 0; i < s.inputs; i += kTransposedRows)
-            multiply_transposed<kTransposedRows, kVecs>(v + position * v_step + i, d + position * d_step + c, count, start % s.tiles,
-                                                        s.tiles, s.bands.wanted(position), s.inputs, width,
-                                                        du + position * du_step + c * s.inputs + i * kChunk);
+            multiply_transposed<kTransposedRows, kVecs>(v + position * v_step + i, d + position * d_step + c, ranges, needing, s.inputs,
+                                                        width, du + position * du_step + c * s.inputs + i * kChunk);
+      }
     }
     const int64_t row = s.inputs * 9;
     for (int64_t c = 0; c < width; c += L) {
       // The transformed inputs have done their service.
       float* const sums = s.parts == 1 ? v : partial + ((branch.m * s.parts + part) * channels + channel + c) * row;
-      transform_weight_gradients(du + c / kChunk * kChunk * s.inputs + c % kChunk, s.inputs, kChunk, du_step, sums);
+      transform_weight_gradients(du + c / kChunk * kChunk * s.inputs + c % kChunk, s.inputs, s.bands.edges(), kChunk, du_step, sums);
       if (s.parts == 1) unpack(sums, L, branch.out + (channel + c) * row, Picture{L, 1, row, false}, L);
     }
   }
@@ -419,46 +466,87 @@ struct Range {
   int64_t begin, end;
 };
 
-// Tiles at the right edge of a picture may have no second column of outputs, those at the bottom no second row. Only second columns
-// make use of the last column of the 4 x 4 positions, only second rows of the last row: these products are left out. So an image's
-// tiles are in bands: those with one column, whole ones, those with one row, those with one output.
+// A tile has 4 x 4 positions. Tiles at the bottom of a picture may have no second row of outputs, and so no third row of inputs
+// either: their outputs are the upper taps' products, in the first row of the positions, and the middle taps' by themselves, in a
+// fifth. Those at the right edge have a fifth column likewise. The fifths come after the others.
+constexpr int64_t kPositions = 25;
+constexpr int64_t position(int row, int column) { return row == 4 ? 20 + column : column == 4 ? 16 + row : 4 * row + column; }
+
+// A bit for each position that tiles of so many rows and columns of outputs need.
+constexpr uint32_t needed(bool one_row, bool one_column) {
+  uint32_t bits = 0;
+  for (int r = 0; r < 5; ++r)
+    for (int c = 0; c < 5; ++c)
+      if ((one_row ? r % 4 == 0 : r < 4) && (one_column ? c % 4 == 0 : c < 4)) bits |= 1u << position(r, c);
+  return bits;
+}
+
+// So an image's tiles are in bands: those with one column, whole ones, those with one row, those with one output.
+constexpr uint32_t kNeeded[4] = {needed(false, true), needed(false, false), needed(true, false), needed(true, true)};
+
 struct Bands {
   int64_t ends[4];
   int64_t begin(int64_t band) const { return band == 0 ? 0 : ends[band - 1]; }
-  // Of an image, the tiles that need the products of a position.
-  Range wanted(int64_t position) const {
-    const bool last_row = position / 4 == 3, last_column = position % 4 == 3;
-    return {last_column ? ends[0] : 0, last_row ? ends[1] : last_column ? ends[2] : ends[3]};
-  }
-  // Where a tile of an image comes among those of a task, in the order of TileOf.
-  int64_t place(int64_t tile, int64_t image, int64_t images) const {
-    int64_t band = 0;
-    while (tile >= ends[band]) ++band;
-    return images * begin(band) + image * (ends[band] - begin(band)) + tile - begin(band);
-  }
+  // Whether there are other than whole tiles.
+  bool edges() const { return ends[1] - ends[0] < ends[3]; }
+  int64_t positions() const { return edges() ? kPositions : 16; }
 };
 
-// The tiles of a task, band by band and image by image: which one of its image this is, and of which image.
+// The tiles of some images: of which image, in which band, and which one of its image this is. In order they come band by band, and
+// image by image in these, or else image by image.
 struct TileOf {
   const Bands& bands;
   const int64_t images;
-  int64_t in_task = 0, band = 0, tile = 0, image = 0;
-  TileOf(const Bands& bands, int64_t images) : bands(bands), images(images) { *this += 0; }
-  // From here on, in this band of this image.
+  const bool by_image;
+  int64_t in_task = 0, image = 0, band = 0, tile = 0;
+  TileOf(const Bands& bands, int64_t images, bool by_image) : bands(bands), images(images), by_image(by_image) { *this += 0; }
+  // From here on, of all, and of this band of this image.
+  int64_t left() const { return images * bands.ends[3] - in_task; }
   int64_t in_band() const { return bands.ends[band] - tile; }
   void operator+=(int64_t n) {
     in_task += n;
-    for (tile += n; band < 4 && in_band() <= 0; tile = bands.begin(band) + n) {
+    for (tile += n; in_band() <= 0 && left() > 0; tile = bands.begin(band) + n) {
       n = -in_band();
-      if (++image < images) continue;
-      image = 0;
-      ++band;
+      if (by_image ? ++band == 4 : ++image == images) {
+        (by_image ? band : image) = 0;
+        ++(by_image ? image : band);
+      }
     }
+  }
+  // Where it comes band by band.
+  int64_t place_in_bands() const {
+    return images * bands.begin(band) + image * (bands.ends[band] - bands.begin(band)) + tile - bands.begin(band);
+  }
+};
+
+// At most so many consecutive tiles, in pieces of one band.
+constexpr int64_t kMostPieces = 64;
+struct Pieces {
+  int64_t count = 0, band[kMostPieces], end[kMostPieces];
+  uint32_t positions = 0;
+  Pieces(TileOf at, int64_t tiles) {
+    for (int64_t t = 0, now; t < tiles; t += now, at += now) {
+      now = std::min(tiles - t, at.in_band());
+      if (count == 0 || band[count - 1] != at.band) band[count++] = at.band;
+      end[count - 1] = t + now;
+      positions |= kNeeded[at.band];
+    }
+  }
+  // The tiles that need the products of a position. Returns how many ranges these are.
+  int64_t needing(int64_t position, Range* ranges) const {
+    int64_t found = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (!(kNeeded[band[i]] >> position & 1)) continue;
+      const int64_t begin = i == 0 ? 0 : end[i - 1];
+      if (found > 0 && ranges[found - 1].end == begin) ranges[found - 1].end = end[i];
+      else ranges[found++] = {begin, end[i]};
+    }
+    return found;
   }
 };
 
 // Tiles that are multiplied by some output channels' weights before these outputs are made: a multiple of kRows. Of the last product of
-// a span, or of a band, too many rows are computed, and not looked at; nor is what lies where no product was wanted.
+// a range too many rows are computed, and not looked at; nor is what lies where no product was needed.
 constexpr int64_t kTilesOfProduct = 48;
 
 // From a position's values to the next one's: a power of two would bring all 16 into the same few lines of a cache.
@@ -485,8 +573,8 @@ struct Winograd {
   // What transform_weights reads.
   int64_t channel_step, tap_step;
 
-  // Whether a task of so many images has a plane for each. Else these take turns in one plane, image by image, and their tiles go to
-  // where the bands have them.
+  // Whether a task of so many images has a plane for each. Else these take turns in one plane, image by image. If their tiles fit
+  // into a span they go to where the bands have them.
   bool has_all_planes(int64_t images) const { return planes >= images; }
   // Tiles may begin before the picture by one step and end up to two after it. A step is a dilation, at most the halo.
   int64_t plane_columns(const Picture& p) const { return p.W + 3 * halo; }
@@ -498,7 +586,8 @@ struct Winograd {
   // The planes; the transformed inputs, weights and outputs of `chunk` channels; and such weights before.
   int64_t scratch_size(int64_t chunk) const {
     return planes * plane_size(in, inputs) +
-           16 * (position_step(span * inputs) + kept * position_step(inputs * chunk) + position_step(kTilesOfProduct * chunk)) +
+           bands.positions() *
+               (position_step(span * inputs) + kept * position_step(inputs * chunk) + position_step(kTilesOfProduct * chunk)) +
            inputs * 9 * chunk;
   }
 
@@ -600,6 +689,20 @@ static Winograd winograd_of(const Convolutions& s, int64_t m, const Tiles& tiles
   return w;
 }
 
+// Whether to have bands of their own for tiles at the edges of so many images saves more than the further weights cost, of which each
+// takes as long as about three rows of a product; or else these tiles are computed as whole ones.
+static bool edges_pay(const Bands& bands, int64_t images) {
+  const int64_t rows = SK_PICK(rows_of_product)(), tiles = images * bands.ends[3], whole = 16 * ((tiles + rows - 1) / rows);
+  const Pieces pieces({bands, images, false}, tiles);
+  int64_t products = 0;
+  for (int64_t position = 0; position < kPositions; ++position) {
+    Range ranges[kMostPieces];
+    const int64_t needing = pieces.needing(position, ranges);
+    for (int64_t i = 0; i < needing; ++i) products += (ranges[i].end + rows - 1) / rows - ranges[i].begin / rows;
+  }
+  return products * rows + 9 * 3 < whole * rows;
+}
+
 // Of second-level cache, what the planes of a task may take.
 constexpr int64_t kPlanesBytes = 256 << 10;
 
@@ -617,9 +720,7 @@ template <class T> static void cut(std::vector<Branch<T>>& branches, int64_t chu
     w.images = images;
     w.planes = bytes <= kPlanesBytes ? images : 1;
     w.span = std::min(w.span, images * w.tiles);
-    // Where images take turns in one plane, and their tiles do not fit into a span, these come image by image: they are one band, and
-    // have all products made.
-    if (w.planes < images && images * w.tiles > w.span) w.bands = {0, w.tiles, w.tiles, w.tiles};
+    if (!edges_pay(w.bands, images)) w.bands = {0, w.tiles, w.tiles, w.tiles};
     w.parts = 1;
     const int64_t tasks = w.tasks();
     if (tasks < 4 * threads) w.parts = std::min(threads / std::gcd(tasks, threads), w.outputs / chunk);
@@ -718,7 +819,7 @@ static void weight_gradients(const Convolutions& s, std::vector<Branch<T>> branc
   for (auto& branch : branches) {
     // A quarter of a MiB of transformed inputs, since their gradients are to be kept too.
     const int64_t m = branch.m;
-    branch.convolution.span = clamp<64>(std::max<int64_t>(32, 4096 / s.inputs));
+    branch.convolution.span = clamp<kMostPieces>(std::max<int64_t>(32, 4096 / s.inputs));
     branch.convolution.parts = parts;
     branch.x = x.const_data_ptr<T>();
     branch.out = dweights[m].data_ptr<T>();
@@ -727,7 +828,7 @@ static void weight_gradients(const Convolutions& s, std::vector<Branch<T>> branc
   const Winograd& w = branches[0].convolution;
   const int64_t margins = w.plane_size(w.in, w.inputs) + w.plane_size(w.out, width);
   const int64_t scratch_size =
-      margins + 16 * (position_step(w.span * w.inputs) + position_step(w.span * width) + position_step(w.inputs * width));
+      margins + kPositions * (position_step(w.span * w.inputs) + position_step(w.span * width) + position_step(w.inputs * width));
   const auto kernel = chunk == SK_PICK(lanes)() ? SK_PICK(weight_gradient_tasks<T, 1>) : SK_PICK(weight_gradient_tasks<T, 2>);
   parallel_tasks(parts * tasks, margins, scratch_size, [&](float* scratch, int64_t first, int64_t last) {
     kernel(branches.data(), width, partial.data_ptr<float>(), scratch, first, last);
