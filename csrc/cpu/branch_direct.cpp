@@ -23,10 +23,12 @@ void convolve_row(const float* const* rows, const Weights& weights, const float*
     for (int t = 0; t < kTile; ++t) sum[t] = bias ? load(bias) : t < pixels ? load(out + t * cluster) : Vec<float>{};
     for (int ky = 0; ky < 3; ++ky) {
       if (!rows[ky]) continue;
-      const float* const row = rows[ky] + x * kStride * cluster;
+      const float* row = rows[ky] + x * kStride * cluster;
 #pragma GCC unroll 4
       for (int i = 0; i < kGroup; ++i) {
         const float* const w = weights.data + (i * weights.channel_step + 3 * ky * weights.tap_step) * L;
+        // The same values for every i, or so the compiler would see: it would keep them, and there are not the registers for that.
+        asm("" : "+r"(row));
         const Vec<float> w0 = load(w), w1 = load(w + weights.tap_step * L), w2 = load(w + 2 * weights.tap_step * L);
 #pragma GCC unroll 64
         for (int q = 0; q < kInputs; ++q) {
