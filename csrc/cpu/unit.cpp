@@ -72,7 +72,9 @@ Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArra
 
   const int64_t cluster = s.winograd() ? cluster_of_winograd(s) : cluster_of_direct(s), clusters = (s.out.C + cluster - 1) / cluster;
   const int64_t channels = clusters * cluster, values = s.M * channels * s.out.pixels();
-  const Tensor z = scratch_of(kept_for_blocks, images * values, bytes), pooled = at::empty({images, 2, channels}, at::kFloat);
+  const auto array = [&](int64_t of_image) { return at::empty({images, of_image}, at::kFloat); };
+  const Tensor z = scratch_of(kept_for_blocks, images * values, bytes), pooled = array(2 * channels), descriptors = array(s.out.C),
+               reduced = array(attention.D), hidden = array(attention.D), a = array(s.M * s.out.C);
   const float *const centres = mean.const_data_ptr<float>(), *const scales = scale.const_data_ptr<float>(),
                      *const biases = bias.const_data_ptr<float>();
   std::vector<float> shift(s.M * channels);
@@ -83,14 +85,14 @@ Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArra
     }
   const Blocks blocks{clusters, cluster, shift.data(), z.data_ptr<float>(), pooled.data_ptr<float>()};
   const Tensor packed = s.winograd() ? Tensor() : pack_weights(s, weights, channels, scales), v = output_like(s, x);
-  std::vector<float> descriptors(images * s.out.C), reduced(images * attention.D), hidden(images * attention.D), a(images * s.M * s.out.C);
   for (int64_t image = 0; image < s.B; image += images) {
     Convolutions part = s;
     part.B = std::min(images, s.B - image);
     const Tensor of_part = x.narrow(0, image, part.B);
     if (s.winograd()) unit_branches_winograd(part, of_part, weights, scales, blocks, activation, negative_slope);
     else unit_branches_direct(part, of_part, packed, blocks, activation, negative_slope);
-    const Attended<float> of{part.B, descriptors.data(), reduced.data(), hidden.data(), a.data()};
+    const Attended<float> of{part.B, descriptors.data_ptr<float>(), reduced.data_ptr<float>(), hidden.data_ptr<float>(),
+                             a.data_ptr<float>()};
     attention.attend<float>(of, blocks.pooled, 2, channels, s.out.pixels(), false, attn_mean_in.data_ptr<float>(),
                             attn_var_in.data_ptr<float>(), attn_eps, 0, nullptr);
     dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
@@ -98,7 +100,7 @@ Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArra
         const int64_t L = SK_PICK(lanes)(), tasks = part.B * ((s.out.pixels() + L - 1) / L) * clusters;
         const auto kernel = SK_PICK(select_tasks<T, kAct>);
         at::parallel_for(0, tasks, grain(s.M * L * cluster), [&](int64_t first, int64_t last) {
-          kernel(blocks, s.out, s.M, static_cast<float>(negative_slope), a.data(), v.data_ptr<T>() + s.out.offset(image, 0), first, last);
+          kernel(blocks, s.out, s.M, static_cast<float>(negative_slope), of.a, v.data_ptr<T>() + s.out.offset(image, 0), first, last);
         });
       }
     });
