@@ -330,7 +330,8 @@ static Clustered clustered(const Convolutions& s) { return {s, cluster_of_direct
 
 void branch_direct(const Convolutions& convolutions, const Tensor& x, TensorList weights, TensorList ys, const Tensor& mean,
                    const Tensor& var) {
-  const Clustered s = clustered(convolutions);
+  Clustered s = clustered(convolutions);
+  s.out.streamed = beyond_caches(s.M * ys[0].nbytes());
   const Tensor moments = at::empty({s.B, 2, s.M, s.channels()}, at::kFloat), missed = at::empty({s.B, s.M, s.channels()}, at::kFloat);
   const Tensor packed = pack_weights(s, weights, s.channels(), nullptr);
   dispatch_convolution(x.scalar_type(), [&]<class T>() {
@@ -355,7 +356,8 @@ void branch_direct(const Convolutions& convolutions, const Tensor& x, TensorList
 void branch_direct_backward(const Convolutions& convolutions, const Tensor& g, const Tensor& x, TensorList weights, TensorList ys,
                             const Tensor& mean, const Tensor& scale, const Tensor& bias, const Tensor& a, const Tensor& t, const Tensor& p,
                             const Tensor& q, c10::string_view activation, double negative_slope, const Tensor& dx, TensorList dweights) {
-  const Clustered s = clustered(convolutions);
+  Clustered s = clustered(convolutions);
+  s.in.streamed = beyond_caches(dx.nbytes());
   // Parts of the batch are summed apart, where there are too few clusters for many threads.
   const int64_t parts = std::clamp<int64_t>((64 + s.clusters() - 1) / s.clusters(), 1, s.B);
   const Tensor partial = at::empty({parts, s.M, s.channels() * s.row()}, at::kFloat);

@@ -226,7 +226,7 @@ template <class F> SK_INLINE void for_band(int64_t band, const F& f) {
 template <class T, int kVecs> struct ToImages {
   T* images;
   int64_t image_step, step;
-  bool add;
+  bool add, streamed;
   template <bool kOneRow, bool kOneColumn>
   SK_INLINE void put(int64_t b, const Tile* tiles, int64_t count, int64_t c, const float* m, int64_t position_step) const {
     constexpr int64_t L = kLanes<float>;
@@ -234,7 +234,9 @@ template <class T, int kVecs> struct ToImages {
       for (int j = 0; j < kVecs; ++j)
         each_output<kOneRow, kOneColumn>(tiles[t], m + (t * kVecs + j) * L, position_step, [&](int64_t pixel, Vec<float> value) {
           T* const to = images + b * image_step + pixel * step + c + j * L;
-          store(to, add ? load(to) + value : value);
+          if (add) value += load(to);
+          if (streamed && are_lines(to, step)) stream(to, value);
+          else store(to, value);
         });
   }
 };
@@ -353,17 +355,17 @@ void convolve_tasks(const Branch<T>* branches, int64_t M, float* scratch, int64_
     for (int64_t m = 0; m < M; ++m) {
       const Branch<T>& branch = branches[m];
       const bool packed = m > 0 && branch.reads_as(branches[m - 1]) && s.has_all_planes(images),
-                 add = m > 0 && branch.writes_as(branches[m - 1]);
+                 add = m > 0 && branch.writes_as(branches[m - 1]), last_to_add = m + 1 == M || !branches[m + 1].writes_as(branch);
       T* const to = branch.out + s.out.offset(image, group * s.outputs + branch.convolution.first_output);
       if (s.out.channels_last) {
-        convolve<kVecs>(branch, packed, image, images, group, begin, end, scratch, ToImages<T, kVecs>{to, s.out.C * pixels, s.out.C, add});
+        convolve<kVecs>(branch, packed, image, images, group, begin, end, scratch,
+                        ToImages<T, kVecs>{to, s.out.C * pixels, s.out.C, add, s.out.streamed && last_to_add});
         continue;
       }
       float* const block = scratch + picture;
       convolve<kVecs>(branch, packed, image, images, group, begin, end, scratch,
-                      ToImages<float, kVecs>{block - begin, pixels * channels, channels, add});
-      // The next branch may add to it.
-      if (m + 1 < M && branches[m + 1].writes_as(branch)) continue;
+                      ToImages<float, kVecs>{block - begin, pixels * channels, channels, add, false});
+      if (!last_to_add) continue;
       for (int64_t i = 0; i < images; ++i) unpack(block + i * pixels * channels, channels, to + s.out.offset(i, begin), s.out, channels);
     }
   }
@@ -548,6 +550,7 @@ struct Pieces {
 // Tiles that are multiplied by some output channels' weights before these outputs are made: a multiple of kRows. Of the last product of
 // a range too many rows are computed, and not looked at; nor is what lies where no product was needed.
 constexpr int64_t kTilesOfProduct = 48;
+static_assert(kTilesOfProduct <= kMostPieces);
 
 // From a position's values to the next one's: a power of two would bring all 16 into the same few lines of a cache.
 inline int64_t position_step(int64_t values) { return values + 16; }
@@ -736,7 +739,9 @@ template <class T, class F> static void on_tasks(const std::vector<Branch<T>>& b
                  [&](float* scratch, int64_t first, int64_t last) { kernel(scratch, size, first, last); });
 }
 
-template <class T> static void convolve(std::vector<Branch<T>> branches) {
+// To outputs of so many bytes.
+template <class T> static void convolve(std::vector<Branch<T>> branches, int64_t bytes) {
+  for (auto& branch : branches) branch.convolution.out.streamed = beyond_caches(bytes);
   const int64_t chunk = chunk_of(branches[0].convolution.outputs);
   cut(branches, chunk);
   const Winograd& w = branches[0].convolution;
@@ -761,7 +766,7 @@ void branch_winograd(const Convolutions& s, const Tensor& x, TensorList weights,
     for (int64_t m = 0; m < s.M; ++m)
       branches.push_back(
           {winograd_of(s, m, tiles[m]), x.const_data_ptr<T>(), {weights[m].const_data_ptr<T>(), nullptr, nullptr}, ys[m].data_ptr<T>()});
-    convolve(std::move(branches));
+    convolve(std::move(branches), s.M * ys[0].nbytes());
   });
 }
 
@@ -804,7 +809,7 @@ static void input_gradient(const Convolutions& s, std::vector<Branch<T>> branche
     branch.weights = {nullptr, to, nullptr};
     branch.out = dx.data_ptr<T>();
   }
-  convolve(std::move(branches));
+  convolve(std::move(branches), dx.nbytes());
 }
 
 template <class T>

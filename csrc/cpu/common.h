@@ -6,6 +6,7 @@
 #include <cstring>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -82,6 +83,20 @@ struct Segments {
 // Golub, LeVeque 1979, formula 2.1, for many parts at once). In branch.cpp.
 template <class A>
 void join_moments(const A* moments, const A* missed, const Segments& segments, int64_t B, int64_t HW, int64_t channels, A* mean, A* var);
+
+// For each thread, what its share of the last-level cache holds on today's servers.
+constexpr int64_t kCacheBytes = 2 << 20;
+
+// Whether so many bytes of outputs are more than the caches hold. These are written past the caches: whoever reads them next would not
+// find them there, and a line that is written into cache is fetched first.
+inline bool beyond_caches(int64_t bytes) { return bytes > at::get_num_threads() * kCacheBytes; }
+
+// Lets others see what this thread has written past the caches before all that it writes from here on.
+inline void fence_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
 
 // t, contiguous and in this dtype. To ask PyTorch for it takes longer than to see that there is nothing to do.
 inline at::Tensor array_of(const at::Tensor& t, at::ScalarType dtype) { return (t.scalar_type() == dtype ? t : t.to(dtype)).contiguous(); }

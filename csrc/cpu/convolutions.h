@@ -60,9 +60,6 @@ struct alignas(64) Share {
   }
 };
 
-// For each thread, what its share of the last-level cache holds on today's servers.
-constexpr int64_t kCacheBytes = 2 << 20;
-
 // Memory of the calling thread, uninitialised, its own until it asks for the same `kept` again. It is kept from call to call if it has
 // `most` bytes at most: memory that is allocated anew is often faulted in anew, page by page, for longer than it takes to fill it.
 // Deterministic algorithms have what is uninitialised filled, so they get new memory.
@@ -76,7 +73,8 @@ inline Tensor scratch_of(Tensor& kept, int64_t size, int64_t most) {
 constexpr int64_t kTaskBytes = 8 << 20;
 inline thread_local Tensor kept_for_tasks;
 
-// f(scratch, first, last) on every task, one after the other. Each thread has scratch of its own, whose first `margins` values are 0 at first.
+// f(scratch, first, last) on every task, one after the other. Each thread has scratch of its own, whose first `margins` values are 0 at
+// first.
 template <class F> void parallel_tasks(int64_t tasks, int64_t margins, int64_t scratch_size, const F& f) {
   const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
   std::vector<Share> shares(threads);
@@ -89,6 +87,7 @@ template <class F> void parallel_tasks(int64_t tasks, int64_t margins, int64_t s
       for (int64_t task; (task = shares[i].take(true)) >= 0;) f(data, task, task + 1);
     for (auto& share : shares)
       for (int64_t task; (task = share.take(false)) >= 0;) f(data, task, task + 1);
+    fence_streams();
   });
 }
 

@@ -14,6 +14,8 @@ template <int64_t kMost> inline int64_t clamp(int64_t n) { return n < 0 ? 0 : n 
 struct Picture {
   int64_t C, H, W;
   bool channels_last;
+  // Whether it is written past the caches, where that can be done.
+  bool streamed = false;
   int64_t pixels() const { return H * W; }
   int64_t channel_step() const { return channels_last ? 1 : pixels(); }
   int64_t offset(int64_t b, int64_t c) const { return b * C * pixels() + c * channel_step(); }
@@ -99,7 +101,7 @@ SK_INLINE void load_pixels(const T* image, const Picture& s, int64_t p, int64_t 
   if (!s.channels_last) transpose(v);
 }
 
-// The other way round. Where later pixels, or channels, will go is prefetched.
+// The other way round. Where later pixels, or channels, will go is prefetched, if it is not streamed.
 template <class T>
 SK_INLINE void store_pixels(T* image, const Picture& s, int64_t p, int64_t pixels, int64_t channels, Vec<float> (&v)[kLanes<float>]) {
   constexpr int L = kLanes<float>;
@@ -107,6 +109,10 @@ SK_INLINE void store_pixels(T* image, const Picture& s, int64_t p, int64_t pixel
   const int64_t step = s.channels_last ? s.C : s.pixels(), rows = s.channels_last ? pixels : channels,
                 columns = s.channels_last ? channels : pixels;
   if (!s.channels_last) transpose(v);
+  if (s.streamed && are_lines(to, step) && rows == L && columns == L) {
+    for (int i = 0; i < L; ++i) stream(to + i * step, v[i]);
+    return;
+  }
   for (int i = 0; i < L; ++i) {
     if (s.channels_last) __builtin_prefetch(to + (2 * L + i) * step, 1);
     else __builtin_prefetch(to + (L + i) * step, 1, 2);

@@ -2,6 +2,15 @@
 
 #ifdef SK_ISA
 
+// kN vectors, `step` elements apart.
+template <bool kPartial, class T, int kN>
+SK_INLINE void put(bool streamed, T* out, int64_t step, const Vec<Accumulate<T>> (&v)[kN], int64_t n) {
+  if (!kPartial && streamed && are_lines(out, step))
+    for (int j = 0; j < kN; ++j) stream(out + j * step, v[j]);
+  else
+    for (int j = 0; j < kN; ++j) store_lanes<kPartial>(out + j * step, v[j], n);
+}
+
 // A tile is kN vectors, `step` elements apart, from `offset` on; all of image b, and of channel c on if lanes are
 // channels, of channel c only if they are pixels. The constants of a branch serve kN vectors.
 template <class T, Activation kAct> struct Select {
@@ -9,6 +18,7 @@ template <class T, Activation kAct> struct Select {
   const Branches<T>& v;
   const A* a;
   T* out;
+  bool streamed;
 
   template <bool kChannelsLast, int kN, bool kPartial>
   SK_INLINE void tile(int64_t b, int64_t c, int64_t offset, int64_t step, int64_t n) const {
@@ -26,7 +36,7 @@ template <class T, Activation kAct> struct Select {
         total[j] += weight * act((y - mean) * scale + bias);
       }
     }
-    for (int j = 0; j < kN; ++j) store_lanes<kPartial>(out + offset + j * step, total[j], n);
+    put<kPartial>(streamed, out + offset, step, total, n);
   }
 };
 
@@ -38,6 +48,7 @@ template <class T, Activation kAct> struct SelectBackward {
   const T* g;
   const A *a, *t, *p, *q;
   T* const* dy;
+  bool streamed;
 
   template <bool kChannelsLast, int kN, bool kPartial>
   SK_INLINE void tile(int64_t b, int64_t c, int64_t offset, int64_t step, int64_t n) const {
@@ -56,12 +67,14 @@ template <class T, Activation kAct> struct SelectBackward {
       const Vec<A> weight = constant<kChannelsLast, kPartial>(a + b * v.M * v.C + at, n);
       const Vec<A> constant_part = constant<kChannelsLast, kPartial>(p + at, n);
       const Vec<A> linear_part = constant<kChannelsLast, kPartial>(q + at, n);
+      Vec<A> result[kN];
       for (int j = 0; j < kN; ++j) {
         if constexpr (kN > 1) prefetch_ahead(v.y[m] + offset + j * step);
         const Vec<A> d = load_lanes<kPartial>(v.y[m] + offset + j * step, n) - mean;
         const Vec<A> dz = act.gate(d * scale + bias, weight * gradient[j] + squeezed);
-        store_lanes<kPartial>(dy[m] + offset + j * step, scale * dz - constant_part - d * linear_part, n);
+        result[j] = scale * dz - constant_part - d * linear_part;
       }
+      put<kPartial>(streamed, dy[m] + offset, step, result, n);
     }
   }
 };
@@ -97,14 +110,15 @@ template <class T, class Kernel> SK_INLINE void each_tile(const Branches<T>& v, 
   }
 }
 
-template <class T, Activation kAct> void select_range(const Branches<T>& v, const Accumulate<T>* a, T* out, int64_t first, int64_t last) {
-  each_tile(v, Select<T, kAct>{v, a, out}, first, last);
+template <class T, Activation kAct>
+void select_range(const Branches<T>& v, const Accumulate<T>* a, T* out, bool streamed, int64_t first, int64_t last) {
+  each_tile(v, Select<T, kAct>{v, a, out, streamed}, first, last);
 }
 
 template <class T, Activation kAct>
 void select_backward_range(const Branches<T>& v, const T* g, const Accumulate<T>* a, const Accumulate<T>* t, const Accumulate<T>* p,
-                           const Accumulate<T>* q, T* const* dy, int64_t first, int64_t last) {
-  each_tile(v, SelectBackward<T, kAct>{v, g, a, t, p, q, dy}, first, last);
+                           const Accumulate<T>* q, T* const* dy, bool streamed, int64_t first, int64_t last) {
+  each_tile(v, SelectBackward<T, kAct>{v, g, a, t, p, q, dy, streamed}, first, last);
 }
 
 #else
@@ -119,8 +133,11 @@ namespace sk {
 
 // each_tile's ranges: rows of HW pixels, or pixels of C channels.
 template <class T, class F> static void parallel_tiles(const Branches<T>& v, const F& f) {
-  if (v.channels_last) at::parallel_for(0, v.B * v.HW, grain(v.M * v.C), f);
-  else at::parallel_for(0, v.B * v.C, grain(v.M * v.HW), f);
+  const int64_t ranges = v.B * (v.channels_last ? v.HW : v.C), values = v.M * (v.channels_last ? v.C : v.HW);
+  at::parallel_for(0, ranges, grain(values), [&](int64_t first, int64_t last) {
+    f(first, last);
+    fence_streams();
+  });
 }
 
 Tensor select_cpu(TensorList ys, const Tensor& mean, const Tensor& scale, const Tensor& bias, const Tensor& a, c10::string_view activation,
@@ -135,8 +152,9 @@ Tensor select_cpu(TensorList ys, const Tensor& mean, const Tensor& scale, const 
     const Branches<T> v(ys, mean, scale, bias, negative_slope);
     const A* const weights = a.const_data_ptr<A>();
     T* const values = out.data_ptr<T>();
+    const bool streamed = beyond_caches(out.nbytes());
     const auto kernel = SK_PICK(select_range<T, kAct>);
-    parallel_tiles(v, [&](int64_t first, int64_t last) { kernel(v, weights, values, first, last); });
+    parallel_tiles(v, [&](int64_t first, int64_t last) { kernel(v, weights, values, streamed, first, last); });
   });
   return out;
 }
@@ -152,10 +170,11 @@ std::vector<Tensor> select_backward_cpu(const Tensor& g, TensorList ys, const Te
     const Branches<T> v(ys, mean, scale, bias, negative_slope);
     c10::SmallVector<T*, 4> dy;
     for (const auto& d : dys) dy.push_back(d.data_ptr<T>());
+    const bool streamed = beyond_caches(v.M * dys[0].nbytes());
     const auto kernel = SK_PICK(select_backward_range<T, kAct>);
     parallel_tiles(v, [&](int64_t first, int64_t last) {
       kernel(v, g.const_data_ptr<T>(), a.const_data_ptr<A>(), t.const_data_ptr<A>(), p.const_data_ptr<A>(), q.const_data_ptr<A>(),
-             dy.data(), first, last);
+             dy.data(), streamed, first, last);
     });
   });
   return dys;

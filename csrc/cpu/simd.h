@@ -68,6 +68,21 @@ SK_INLINE void store(c10::Half* p, Vec<float> v) {
 #endif
 }
 
+// Whether registers that are written to p, and to every `step` elements from there on, are whole lines of the caches.
+template <class T> SK_INLINE bool are_lines(const T* p, int64_t step) {
+  return sizeof(Vec<Accumulate<T>>) == 64 && sizeof(T) == sizeof(Accumulate<T>) &&
+         (reinterpret_cast<uintptr_t>(p) | step * sizeof(T)) % 64 == 0;
+}
+
+// A line to memory, past the caches. Others may read it after a `fence_streams`.
+template <class T> SK_INLINE void stream(T* p, Vec<Accumulate<T>> v) {
+#if SK_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<T, float>) return _mm512_stream_ps(p, v);
+  if constexpr (std::is_same_v<T, double>) return _mm512_stream_pd(p, v);
+#endif
+  store(p, v);
+}
+
 // The first n < kLanes elements only; the lanes beyond them are 0.
 #if SK_VECTOR_BYTES == 64
 SK_INLINE Vec<float> load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p); }
@@ -147,6 +162,10 @@ template <class A, Activation kAct> struct Act {
   A slope;
   SK_INLINE Vec<A> operator()(Vec<A> z) const {
     if constexpr (kAct == Activation::silu) return z * sigmoid(z);
+    // Of a NaN and 0 it is the second operand.
+#if SK_VECTOR_BYTES == 64
+    else if constexpr (kAct == Activation::relu && sizeof(A) == 4) return _mm512_max_ps(Vec<A>{}, z);
+#endif
     else return gate(z, z);
   }
   SK_INLINE Vec<A> gate(Vec<A> z, Vec<A> v) const {
@@ -201,28 +220,43 @@ template <class A, class Sums> SK_INLINE void each_pixel(const Sums& sums, int64
   for (pixel = 4 * strand; pixel < pixels; ++pixel) each_channel<A, 1>(sums, C, pixel * C, 1, 0);
 }
 
-// a0 b0 a1 b1 ...: the low halves of a and b, interleaved, and the high ones.
-SK_INLINE void interleave(Vec<float> a, Vec<float> b, Vec<float>& low, Vec<float>& high) {
-#if SK_VECTOR_BYTES == 64
-  const __m512i from_low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  low = _mm512_permutex2var_ps(a, from_low, b);
-  high = _mm512_permutex2var_ps(a, _mm512_add_epi32(from_low, _mm512_set1_epi32(8)), b);
-#elif SK_VECTOR_BYTES == 32
-  const __m256 x = _mm256_unpacklo_ps(a, b), y = _mm256_unpackhi_ps(a, b);
-  low = _mm256_permute2f128_ps(x, y, 0x20);
-  high = _mm256_permute2f128_ps(x, y, 0x31);
+// Element i is the index(i)-th of a, or of b, which is counted on.
+template <class Index, int... i> SK_INLINE Vec<float> shuffle(Vec<float> a, Vec<float> b, Index, std::integer_sequence<int, i...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, Index{}(i)...);
 #else
-  low = Vec<float>{a[0], b[0], a[1], b[1]};
-  high = Vec<float>{a[2], b[2], a[3], b[3]};
+  return __builtin_shuffle(a, b, typename Simd<float>::integer{Index{}(i)...});
 #endif
 }
+template <class Index> SK_INLINE Vec<float> shuffle(Vec<float> a, Vec<float> b, Index index) {
+  return shuffle(a, b, index, std::make_integer_sequence<int, kLanes<float>>());
+}
 
-// Rows become columns: each round shuffles the two halves of the rows into each other, and log2(lanes) rounds transpose.
+// Rows become columns: first four rows in every four lanes, by shuffles that stay in these, which are the cheap ones; then fours.
 SK_INLINE void transpose(Vec<float> (&v)[kLanes<float>]) {
   constexpr int L = kLanes<float>;
-  Vec<float> w[L];
-  for (int rows = 1; rows < L; rows *= 2) {
-    for (int i = 0; i < L / 2; ++i) interleave(v[i], v[i + L / 2], w[2 * i], w[2 * i + 1]);
+  // Of every four lanes the first two, or the last, of a and b in turn; and the first pair of both, or the last.
+  const auto first = [](int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * L; };
+  const auto last = [](int i) { return i / 4 * 4 + 2 + i % 4 / 2 + i % 2 * L; };
+  const auto first_pair = [](int i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * L; };
+  const auto last_pair = [](int i) { return i / 4 * 4 + 2 + i % 2 + i % 4 / 2 * L; };
+  for (int i = 0; i < L; i += 4) {
+    const Vec<float> a = shuffle(v[i], v[i + 1], first), b = shuffle(v[i], v[i + 1], last), c = shuffle(v[i + 2], v[i + 3], first),
+                     d = shuffle(v[i + 2], v[i + 3], last);
+    v[i] = shuffle(a, c, first_pair);
+    v[i + 1] = shuffle(a, c, last_pair);
+    v[i + 2] = shuffle(b, d, first_pair);
+    v[i + 3] = shuffle(b, d, last_pair);
+  }
+  const auto even_fours = [](int i) { return i / 4 * 8 + i % 4; };
+  const auto odd_fours = [](int i) { return i / 4 * 8 + 4 + i % 4; };
+  for (int rows = 4; rows < L; rows *= 2) {
+    Vec<float> w[L];
+    for (int i = 0; i < L / 2; ++i) {
+      const Vec<float> a = v[i / 4 * 8 + i % 4], b = v[i / 4 * 8 + 4 + i % 4];
+      w[i] = shuffle(a, b, even_fours);
+      w[L / 2 + i] = shuffle(a, b, odd_fours);
+    }
     for (int i = 0; i < L; ++i) v[i] = w[i];
   }
 }

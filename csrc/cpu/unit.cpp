@@ -20,24 +20,30 @@ void select_tasks(const Blocks& blocks, const Picture& out, int64_t M, float slo
     for (int64_t k = 0; k < blocks.cluster; k += L) {
       const int64_t c = cluster * blocks.cluster + k, lanes = clamp<L>(out.C - c);
       if (lanes == 0) break;
-      const auto select = [&]<bool kWhole>() {
-        Vec<float> total[L] = {};
-        for (int64_t m = 0; m < M; ++m) {
-          const Vec<float> weight = load_some(a + (b * M + m) * out.C + c, lanes);
-          const float* const from = z + (m * out.pixels() + p) * blocks.cluster + k;
+      // kBranches, or if that is 0 any number of them.
+      const auto select = [&]<bool kWhole, int kBranches>() {
+        Vec<float> weights[kMaxBranches];
+        for (int64_t m = 0; m < M; ++m) weights[m] = load_some(a + (b * M + m) * out.C + c, lanes);
+        Vec<float> total[L];
 #pragma GCC unroll 16
-          for (int j = 0; j < L; ++j)
-            if (kWhole || j < pixels) {
-              prefetch_ahead(from + j * blocks.cluster);
-              total[j] += weight * act(load(from + j * blocks.cluster));
-            }
+        for (int j = 0; j < L; ++j) {
+          total[j] = Vec<float>{};
+          if (!kWhole && j >= pixels) continue;
+          const float* from = z + (p + j) * blocks.cluster + k;
+#pragma GCC unroll 2
+          for (int64_t m = 0; m < (kBranches ? kBranches : M); ++m, from += out.pixels() * blocks.cluster) {
+            prefetch_ahead(from);
+            total[j] += weights[m] * act(load(from));
+          }
         }
         store_pixels(v + out.offset(b, c), out, p, kWhole ? L : pixels, lanes, total);
       };
-      if (pixels == L) select.template operator()<true>();
-      else select.template operator()<false>();
+      if (pixels < L) select.template operator()<false, 0>();
+      else if (M == 2) select.template operator()<true, 2>();
+      else select.template operator()<true, 0>();
     }
   }
+  fence_streams();
 }
 
 #else
@@ -85,6 +91,8 @@ Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArra
     }
   const Blocks blocks{clusters, cluster, shift.data(), z.data_ptr<float>(), pooled.data_ptr<float>()};
   const Tensor packed = s.winograd() ? Tensor() : pack_weights(s, weights, channels, scales), v = output_like(s, x);
+  Picture out = s.out;
+  out.streamed = beyond_caches(v.nbytes());
   for (int64_t image = 0; image < s.B; image += images) {
     Convolutions part = s;
     part.B = std::min(images, s.B - image);
@@ -100,7 +108,7 @@ Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArra
         const int64_t L = SK_PICK(lanes)(), tasks = part.B * ((s.out.pixels() + L - 1) / L) * clusters;
         const auto kernel = SK_PICK(select_tasks<T, kAct>);
         at::parallel_for(0, tasks, grain(s.M * L * cluster), [&](int64_t first, int64_t last) {
-          kernel(blocks, s.out, s.M, static_cast<float>(negative_slope), of.a, v.data_ptr<T>() + s.out.offset(image, 0), first, last);
+          kernel(blocks, out, s.M, static_cast<float>(negative_slope), of.a, v.data_ptr<T>() + s.out.offset(image, 0), first, last);
         });
       }
     });
