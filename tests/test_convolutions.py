@@ -59,6 +59,7 @@ CASES = {
 LARGE_MAPS = {
     "8 a group, large map": (32, 32, 4, (4, 112, 112), 1, (1, 2)),
     "dense, large map": (32, 32, 1, (4, 112, 112), 1, (1, 2)),
+    "dense, split, large map": (32, 32, 1, (2, 112, 113), 1, (1, 2)),
 }
 
 
@@ -121,6 +122,17 @@ def test_convolutions_match_pytorch(case: str, dtype: torch.dtype, layout: str):
 def test_units_of_many_images_match_pytorch(dtype: torch.dtype, layout: str):
     """More than 64 for each block that a device may hold: what a grid takes at a time, elsewhere."""
     assert_matches_pytorch("unit", operands("dense, whole", dtype, layout, images=70)["unit"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", LARGE_MAPS)
+def test_outputs_larger_than_the_caches_match_pytorch(case: str, layout: str):
+    """They are written past these."""
+    arguments = operands(case, layout=layout)
+    # Without statistics: a mean near 0 of so many pixels is measured by the size of these, in test_operators.py.
+    arguments["branch"] = *arguments["branch"], False
+    for name in OPERATORS:
+        assert_matches_pytorch(name, arguments[name])
 
 
 @pytest.mark.parametrize("case", ["4 a group", "dense, split"])

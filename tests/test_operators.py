@@ -175,6 +175,15 @@ def test_operator_matches_reference(name: str, shape: tuple, dtype: torch.dtype,
             assert_matches_reference(name, (*arguments[:-1], 1), dtype)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("shape", [(2, 2, 64, 64, 66), (2, 2, 65, 65, 65)], ids=str)
+@pytest.mark.parametrize("name", ["select", "select_backward"])
+def test_outputs_larger_than_the_caches_match_reference(name: str, shape: tuple, dtype: torch.dtype, layout: str):
+    """They are written past these, where they begin and go on at whole lines."""
+    assert_matches_reference(name, operands(shape, dtype, layout)[name], dtype)
+
+
 def shifted(value, by: int):
     """The same tensor, `by` values after the beginning of its memory; of a list, every one further than the one before."""
     if isinstance(value, list):
