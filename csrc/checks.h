@@ -17,7 +17,8 @@ inline at::MemoryFormat layout(const at::Tensor& t) {
 
 // A device without an index is any of its type.
 inline void check_device(const at::Tensor& t, const char* name, at::Device device) {
-  TORCH_CHECK_VALUE(device.has_index() ? t.device() == device : t.device().type() == device.type(), name, ": expected a tensor on ", device, ", got one on ", t.device());
+  TORCH_CHECK_VALUE(device.has_index() ? t.device() == device : t.device().type() == device.type(), name, ": expected a tensor on ", device,
+                    ", got one on ", t.device());
 }
 
 // A tensor that is read beside the branches: their shape, dtype and layout.
@@ -30,14 +31,14 @@ inline void check_like(const at::Tensor& t, const char* name, const at::Tensor& 
 
 inline void check_branches(at::TensorList ys, at::Device device = at::kCPU) {
   TORCH_CHECK_VALUE(!ys.empty(), "ys: expected at least one branch, got none");
-  TORCH_CHECK_VALUE(ys[0].dim() == 4, "ys: expected branches of shape (B, C, H, W), got ", ys[0].sizes());
+  TORCH_CHECK_VALUE(ys[0].dim() == 4 && ys[0].size(1) > 0, "ys: expected branches of shape (B, C, H, W), C at least 1, got ",
+                    ys[0].sizes());
   check_device(ys[0], "ys", device);
   for (const auto& y : ys) check_like(y, "ys", ys[0]);
 }
 
 // A small operand: contiguous, with the dtype and shape given.
-inline void check_array(const at::Tensor& t, const char* name, at::ScalarType dtype, at::IntArrayRef shape,
-                        at::Device device = at::kCPU) {
+inline void check_array(const at::Tensor& t, const char* name, at::ScalarType dtype, at::IntArrayRef shape, at::Device device = at::kCPU) {
   TORCH_CHECK_VALUE(t.sizes() == shape && t.is_contiguous(), name, ": expected a contiguous array of shape ", shape, ", got shape ",
                     t.sizes(), " with strides ", t.strides());
   TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, ": expected ", dtype, ", got ", t.scalar_type());

@@ -335,6 +335,7 @@ BAD = {
     "layouts differ": ("select", 0, lambda ys: [ys[0], ys[1].to(memory_format=torch.channels_last)], ValueError, "ys"),
     "not dense": ("select", 0, lambda ys: [y[..., ::2] for y in ys], ValueError, "ys"),
     "dtypes differ": ("select", 0, lambda ys: [ys[0], ys[1].double()], TypeError, "ys"),
+    "no channels": ("squeeze", 0, lambda ys: [y[:, :0].contiguous() for y in ys], ValueError, "ys: .*C at least 1"),
     "integers": ("branch_statistics", 0, lambda ys: [y.int() for y in ys], TypeError, "ys"),
     "empty": ("branch_statistics", 0, lambda ys: [y[:0] for y in ys], ValueError, "ys"),
     "mean has another shape": ("select", 1, lambda mean: mean[:1], ValueError, "mean"),

@@ -210,9 +210,10 @@ Convolutions check_convolutions(const Tensor& x, TensorList weights, int64_t str
   TORCH_CHECK_VALUE(groups >= 1, "groups: expected at least 1, got ", groups);
   for (int64_t m = 0; m < M; ++m) {
     const Tensor& w = weights[m];
-    TORCH_CHECK_VALUE(w.dim() == 4 && w.sizes() == weights[0].sizes() && w.size(0) % groups == 0 && w.size(2) == 3 && w.size(3) == 3,
-                      "weights: expected all of shape (a multiple of groups = ", groups, ", inputs, 3, 3), got ", weights[0].sizes(),
-                      " and ", w.sizes());
+    TORCH_CHECK_VALUE(
+        w.dim() == 4 && w.numel() > 0 && w.sizes() == weights[0].sizes() && w.size(0) % groups == 0 && w.size(2) == 3 && w.size(3) == 3,
+        "weights: expected all of shape (a multiple of groups = ", groups, ", inputs, 3, 3) without a 0, got ", weights[0].sizes(), " and ",
+        w.sizes());
     TORCH_CHECK_VALUE(w.device().is_cpu(), "weights: expected CPU tensors, got one on ", w.device());
     TORCH_CHECK_TYPE(w.scalar_type() == x.scalar_type(), "weights: expected ", x.scalar_type(), ", got ", w.scalar_type());
     TORCH_CHECK_VALUE(w.is_contiguous(layout(weights[0])), "weights: expected all in one layout, got strides ", weights[0].strides(),

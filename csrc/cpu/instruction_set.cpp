@@ -6,7 +6,7 @@ namespace sk {
 static InstructionSet detect() {
 #if defined(__x86_64__)
   InstructionSet best = InstructionSet::base;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = InstructionSet::avx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) best = InstructionSet::avx2;
   if (best == InstructionSet::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     best = InstructionSet::avx512;

@@ -359,9 +359,10 @@ struct Convolutions {
     TORCH_CHECK_VALUE(stride == 1 || stride == 2, "stride: expected 1 or 2, got ", stride);
     TORCH_CHECK_VALUE(groups >= 1, "groups: expected at least 1, got ", groups);
     for (const auto& w : weights) {
-      TORCH_CHECK_VALUE(w.dim() == 4 && w.sizes() == weights[0].sizes() && w.size(0) % groups == 0 && w.size(2) == 3 && w.size(3) == 3,
-                        "weights: expected all of shape (a multiple of groups = ", groups, ", inputs, 3, 3), got ", weights[0].sizes(),
-                        " and ", w.sizes());
+      TORCH_CHECK_VALUE(w.dim() == 4 && w.numel() > 0 && w.sizes() == weights[0].sizes() && w.size(0) % groups == 0 && w.size(2) == 3 &&
+                            w.size(3) == 3,
+                        "weights: expected all of shape (a multiple of groups = ", groups, ", inputs, 3, 3) without a 0, got ",
+                        weights[0].sizes(), " and ", w.sizes());
       check_device(w, "weights", x.device());
       TORCH_CHECK_TYPE(w.scalar_type() == x.scalar_type(), "weights: expected ", x.scalar_type(), ", got ", w.scalar_type());
     }
