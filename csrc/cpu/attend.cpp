@@ -33,10 +33,8 @@ void product_tasks(const A* x, const A* w, const A* bias, int64_t B, int64_t N, 
       } else {
         for (int64_t l = 0; l < L; ++l) total[l] = sum<A>(sums[l]);
       }
-      if (bias) total += columns == L ? load(bias + n) : load(bias + n, columns);
-      A* const to = out + b * N + n;
-      if (columns == L) store(to, total);
-      else store(to, total, columns);
+      if (bias) total += load_some(bias + n, columns);
+      store_some(out + b * N + n, total, columns);
     }
   }
 }

@@ -188,7 +188,12 @@ template <Activation kAct> struct RowSum {
   }
 };
 
-// Tasks are (b, cluster). moments is (B, 2, M, clusters * cluster), missed (B, M, clusters * cluster).
+// Nothing, where the statistics are not wanted.
+struct NoMoments {
+  SK_INLINE void add(const float*, int64_t, int64_t, int64_t, int64_t) const {}
+};
+
+// Tasks are (b, cluster). moments is (B, 2, M, clusters * cluster), missed (B, M, clusters * cluster), or both are null.
 template <class T>
 void branch_tasks(const Clustered& s, const T* x, const float* weights, T* const* ys, float* scratch, float* moments, float* missed,
                   int64_t first, int64_t last) {
@@ -196,12 +201,17 @@ void branch_tasks(const Clustered& s, const T* x, const float* weights, T* const
   float* const block = scratch + plane.size();
   const float zero[kMaxCluster] = {};
   for (int64_t task = first; task < last; ++task) {
-    const int64_t b = task / s.clusters(), c = task % s.clusters() * s.cluster, channels = s.in.C - c < s.cluster ? s.in.C - c : s.cluster;
+    const auto [b, c, channels] = s.task(task);
     pack(x + s.in.offset(b, c), s.in, channels, plane);
     for (int64_t m = 0; m < s.M; ++m) {
-      float* const centre = moments + (b * 2 * s.M + m) * s.channels() + c;
-      const RowMoments row_moments{centre, centre + s.M * s.channels(), missed + (b * s.M + m) * s.channels() + c};
-      convolve(s, m, plane, weights + (m * s.channels() + c) * s.row(), zero, block, row_moments);
+      const float* const weights_of_task = weights + (m * s.channels() + c) * s.row();
+      if (moments) {
+        float* const centre = moments + (b * 2 * s.M + m) * s.channels() + c;
+        const RowMoments row_moments{centre, centre + s.M * s.channels(), missed + (b * s.M + m) * s.channels() + c};
+        convolve(s, m, plane, weights_of_task, zero, block, row_moments);
+      } else {
+        convolve(s, m, plane, weights_of_task, zero, block, NoMoments{});
+      }
       unpack(block, s.cluster, ys[m] + s.out.offset(b, c), s.out, channels);
     }
   }
@@ -213,7 +223,7 @@ void unit_branches_tasks(const Clustered& s, const Blocks& blocks, float slope, 
                          int64_t first, int64_t last) {
   const Plane plane = s.input_plane(scratch);
   for (int64_t task = first; task < last; ++task) {
-    const int64_t b = task / s.clusters(), c = task % s.clusters() * s.cluster, channels = s.in.C - c < s.cluster ? s.in.C - c : s.cluster;
+    const auto [b, c, channels] = s.task(task);
     pack(x + s.in.offset(b, c), s.in, channels, plane);
     float *const sum = blocks.pooled + b * 2 * s.channels() + c, *const missed = sum + s.channels();
     for (int64_t k = 0; k < s.cluster; ++k) sum[k] = missed[k] = 0;
@@ -256,8 +266,7 @@ void branch_backward_tasks(const Clustered& s, const Gradient<T>& d, const T* x,
   const Plane inputs{block, s.in.W, 0, 1, s.in.H, s.in.W, s.cluster};
   const WeightGradient gradient = pick_weight_gradient(s.inputs);
   for (int64_t task = first; task < last; ++task) {
-    const int64_t part = task / s.clusters(), c = task % s.clusters() * s.cluster,
-                  channels = s.in.C - c < s.cluster ? s.in.C - c : s.cluster;
+    const auto [part, c, channels] = s.task(task);
     for (int64_t m = 0; m < s.M && dweights; ++m)
       std::memset(dweights + ((part * s.M + m) * s.channels() + c) * s.row(), 0, s.cluster * s.row() * sizeof(float));
     for (int64_t b = part * s.B / parts; b < (part + 1) * s.B / parts; ++b) {
@@ -297,6 +306,15 @@ struct Clustered : Convolutions {
   int64_t clusters() const { return (in.C + cluster - 1) / cluster; }
   int64_t channels() const { return clusters() * cluster; }
 
+  // An image, or part of the batch, and a cluster: its first channel, and how many there are.
+  struct Task {
+    int64_t image, c, channels;
+  };
+  Task task(int64_t i) const {
+    const int64_t c = i % clusters() * cluster;
+    return {i / clusters(), c, std::min(cluster, in.C - c)};
+  }
+
   // How many pixels of a row are summed at a time: 7, 8, 10 or 14, whichever takes least, and of equals the most, which share more
   // of the channels. Two additions begin in a cycle and last four, so that fewer than 8 sums take as long as 8.
   int64_t tile(int64_t width) const {
@@ -332,7 +350,9 @@ void branch_direct(const Convolutions& convolutions, const Tensor& x, TensorList
                    const Tensor& var) {
   Clustered s = clustered(convolutions);
   s.out.streamed = beyond_caches(s.M * ys[0].nbytes());
-  const Tensor moments = at::empty({s.B, 2, s.M, s.channels()}, at::kFloat), missed = at::empty({s.B, s.M, s.channels()}, at::kFloat);
+  const bool statistics = mean.numel() > 0;
+  const Tensor moments = at::empty({statistics ? s.B : 0, 2, s.M, s.channels()}, at::kFloat),
+               missed = at::empty({statistics ? s.B : 0, s.M, s.channels()}, at::kFloat);
   const Tensor packed = pack_weights(s, weights, s.channels(), nullptr);
   dispatch_convolution(x.scalar_type(), [&]<class T>() {
     c10::SmallVector<T*, 4> out;
@@ -340,11 +360,11 @@ void branch_direct(const Convolutions& convolutions, const Tensor& x, TensorList
     const auto kernel = SK_PICK(branch_tasks<T>);
     parallel_tasks(s.B * s.clusters(), s.input_plane(nullptr).size(), s.input_plane(nullptr).size() + s.out.pixels() * s.cluster,
                    [&](float* scratch, int64_t first, int64_t last) {
-                     kernel(s, x.const_data_ptr<T>(), packed.const_data_ptr<float>(), out.data(), scratch, moments.data_ptr<float>(),
-                            missed.data_ptr<float>(), first, last);
+                     kernel(s, x.const_data_ptr<T>(), packed.const_data_ptr<float>(), out.data(), scratch,
+                            statistics ? moments.data_ptr<float>() : nullptr, missed.data_ptr<float>(), first, last);
                    });
   });
-  if (mean.numel() == 0) return;
+  if (!statistics) return;
   const Tensor padded = at::empty({2, s.M, s.channels()}, at::kFloat);
   float* const joined = padded.data_ptr<float>();
   join_moments(moments.const_data_ptr<float>(), missed.const_data_ptr<float>(), Segments(s.out.pixels()), s.B, s.out.pixels(),
@@ -360,22 +380,21 @@ void branch_direct_backward(const Convolutions& convolutions, const Tensor& g, c
   s.in.streamed = beyond_caches(dx.nbytes());
   // Parts of the batch are summed apart, where there are too few clusters for many threads.
   const int64_t parts = std::clamp<int64_t>((64 + s.clusters() - 1) / s.clusters(), 1, s.B);
-  const Tensor partial = at::empty({parts, s.M, s.channels() * s.row()}, at::kFloat);
-  const Tensor turned = at::zeros({s.M, s.channels() * s.row()}, at::kFloat);
-  dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
-    if constexpr (!std::is_same_v<T, double>) {
-      const Branches<T> branches(ys, mean, scale, bias, negative_slope);
-      const Gradient<T> gradient(branches, g, a, t, p, q);
-      for (int64_t m = 0; m < s.M; ++m) turn_weights(s, weights[m].const_data_ptr<T>(), turned[m].data_ptr<float>());
-      const auto kernel = SK_PICK(branch_backward_tasks<T, kAct>);
-      const int64_t margins = s.M * s.gradient_plane(nullptr).size();
-      parallel_tasks(parts * s.clusters(), margins, margins + s.in.pixels() * s.cluster, [&](float* scratch, int64_t first, int64_t last) {
-        kernel(s, gradient, x.const_data_ptr<T>(), turned.const_data_ptr<float>(), parts, scratch, dx.numel() ? dx.data_ptr<T>() : nullptr,
-               dweights.empty() ? nullptr : partial.data_ptr<float>(), first, last);
-      });
-    }
+  const bool wants_dx = dx.numel() > 0, wants_dweights = !dweights.empty();
+  const Tensor partial = at::empty({wants_dweights ? parts : 0, s.M, s.channels() * s.row()}, at::kFloat);
+  const Tensor turned = at::zeros({wants_dx ? s.M : 0, s.channels() * s.row()}, at::kFloat);
+  dispatch_convolution(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
+    const Branches<T> branches(ys, mean, scale, bias, negative_slope);
+    const Gradient<T> gradient(branches, g, a, t, p, q);
+    for (int64_t m = 0; m < s.M && wants_dx; ++m) turn_weights(s, weights[m].const_data_ptr<T>(), turned[m].data_ptr<float>());
+    const auto kernel = SK_PICK(branch_backward_tasks<T, kAct>);
+    const int64_t margins = s.M * s.gradient_plane(nullptr).size();
+    parallel_tasks(parts * s.clusters(), margins, margins + s.in.pixels() * s.cluster, [&](float* scratch, int64_t first, int64_t last) {
+      kernel(s, gradient, x.const_data_ptr<T>(), turned.const_data_ptr<float>(), parts, scratch, wants_dx ? dx.data_ptr<T>() : nullptr,
+             wants_dweights ? partial.data_ptr<float>() : nullptr, first, last);
+    });
   });
-  for (int64_t m = 0; m < s.M && !dweights.empty(); ++m)
+  for (int64_t m = 0; m < s.M && wants_dweights; ++m)
     sum_weight_gradients(s, partial.data_ptr<float>() + m * s.channels() * s.row(), partial.stride(0), parts, dweights[m]);
 }
 
@@ -383,13 +402,11 @@ void unit_branches_direct(const Convolutions& convolutions, const Tensor& x, con
                           c10::string_view activation, double negative_slope) {
   const Clustered s = clustered(convolutions);
   const int64_t scratch_size = s.input_plane(nullptr).size();
-  dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
-    if constexpr (!std::is_same_v<T, double>) {
-      const auto kernel = SK_PICK(unit_branches_tasks<T, kAct>);
-      parallel_tasks(s.B * s.clusters(), scratch_size, scratch_size, [&](float* scratch, int64_t first, int64_t last) {
-        kernel(s, blocks, static_cast<float>(negative_slope), x.const_data_ptr<T>(), packed.const_data_ptr<float>(), scratch, first, last);
-      });
-    }
+  dispatch_convolution(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
+    const auto kernel = SK_PICK(unit_branches_tasks<T, kAct>);
+    parallel_tasks(s.B * s.clusters(), scratch_size, scratch_size, [&](float* scratch, int64_t first, int64_t last) {
+      kernel(s, blocks, static_cast<float>(negative_slope), x.const_data_ptr<T>(), packed.const_data_ptr<float>(), scratch, first, last);
+    });
   });
 }
 

@@ -19,11 +19,7 @@ template <class T> void turn_rows(const T* weights, const Picture& kernel, int64
     for (int64_t k = 0; k < 9; k += L) {
       Vec<float> v[L];
       load_pixels(weights + o * row, kernel, k, clamp<L>(9 - k), channels, v);
-      for (int64_t i = 0; i < clamp<L>(9 - k); ++i) {
-        float* const to = out + (o * 9 + 8 - k - i) * L;
-        if (channels == L) store(to, v[i]);
-        else store(to, v[i], channels);
-      }
+      for (int64_t i = 0; i < clamp<L>(9 - k); ++i) store_some(out + (o * 9 + 8 - k - i) * L, v[i], channels);
     }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -43,8 +44,8 @@ template <class T> struct Branches {
   const T* const* y;
   int64_t M, B, C, HW;
   bool channels_last;
-  const Accumulate<T>*mean, *scale, *bias;
-  Accumulate<T> slope;
+  const Accumulate<T>*mean = nullptr, *scale = nullptr, *bias = nullptr;
+  Accumulate<T> slope = 0;
 
   Branches(at::TensorList ys) : M(ys.size()), B(ys[0].size(0)), C(ys[0].size(1)), HW(ys[0].size(2) * ys[0].size(3)) {
     for (const auto& branch : ys) pointers.push_back(branch.const_data_ptr<T>());

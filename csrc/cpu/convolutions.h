@@ -40,9 +40,15 @@ inline Tensor output_like(const Convolutions& s, const Tensor& x) {
   return at::empty({s.B, s.out.C, s.out.H, s.out.W}, x.options().memory_format(layout(x)));
 }
 
+// dispatch, but for float64, which check_convolutions refuses.
 template <class F> void dispatch_convolution(at::ScalarType dtype, const F& f) {
   dispatch(dtype, [&]<class T>() {
     if constexpr (!std::is_same_v<T, double>) f.template operator()<T>();
+  });
+}
+template <class F> void dispatch_convolution(at::ScalarType dtype, c10::string_view activation, const F& f) {
+  dispatch(dtype, activation, [&]<class T, Activation kAct>() {
+    if constexpr (!std::is_same_v<T, double>) f.template operator()<T, kAct>();
   });
 }
 

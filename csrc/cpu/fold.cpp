@@ -47,7 +47,8 @@ Folded fold(const OptionalTensors& weights, const OptionalTensors& biases, Tenso
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fold_backward_cpu(const Tensor& a, const Tensor& ds, int64_t pixels, const Tensor& R1,
                                                                      const Tensor& R2, const Tensor& K1, const Tensor& K2, const Tensor& r,
                                                                      const Tensor& scale, int64_t count) {
-  const auto [B, M, C] = check_fold_backward(a, ds, pixels, R1, R2, K1, K2, r, scale, count);
+  const auto sizes = check_fold_backward(a, ds, pixels, R1, R2, K1, K2, r, scale, count);
+  const int64_t B = sizes[0], M = sizes[1], C = sizes[2];
   const auto dtype = a.scalar_type();
   const Tensor t = at::empty_like(ds), dweight = at::empty_like(r), dbias = at::empty_like(r), p = at::empty_like(r), q = at::empty_like(r);
   dispatch_accumulate(dtype, [&]<class A>() {

@@ -1,7 +1,6 @@
 // Compiles the kernels of the file named by SK_KERNELS once per instruction set, each in a namespace of its own; SK_PICK
 // then takes the one that this machine runs. (The way Google Highway compiles one source for several targets.)
-// No include guard: each step's file includes this once. Kernels are plain functions, because GCC does not apply the
-// target to a lambda.
+// No include guard: each step's file includes this once.
 
 #if defined(__x86_64__) && defined(__clang__)
 #define SK_TARGET_AVX512 \

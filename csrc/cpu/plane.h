@@ -68,8 +68,6 @@ struct Walk {
   }
 };
 
-SK_INLINE Vec<float> load_some(const float* p, int64_t n) { return n < kLanes<float> ? load(p, n) : load(p); }
-
 // Adds to a sum, and to `missed` what the addition rounds away (Knuth's two-sum): over a large image that would be more than
 // PyTorch's pairwise sum loses.
 SK_INLINE void add_precisely(float* sum, float* missed, Vec<float> value) {
@@ -108,17 +106,13 @@ SK_INLINE void store_pixels(T* image, const Picture& s, int64_t p, int64_t pixel
   T* const to = image + p * (s.channels_last ? s.C : 1);
   const int64_t step = s.channels_last ? s.C : s.pixels(), rows = s.channels_last ? pixels : channels,
                 columns = s.channels_last ? channels : pixels;
+  const bool lines = s.streamed && are_lines(to, step);
   if (!s.channels_last) transpose(v);
-  if (s.streamed && are_lines(to, step) && rows == L && columns == L) {
-    for (int i = 0; i < L; ++i) stream(to + i * step, v[i]);
-    return;
-  }
-  for (int i = 0; i < L; ++i) {
+  for (int i = 0; i < L && !lines; ++i) {
     if (s.channels_last) __builtin_prefetch(to + (2 * L + i) * step, 1);
     else __builtin_prefetch(to + (L + i) * step, 1, 2);
   }
-  if (rows == L && columns == L)
-    for (int i = 0; i < L; ++i) store(to + i * step, v[i]);
+  if (rows == L && columns == L) store_all(lines, to, step, v);
   else if (columns == L)
     for (int i = 0; i < rows; ++i) store(to + i * step, v[i]);
   else
@@ -130,7 +124,7 @@ template <class T> SK_INLINE void pack(const T* image, const Picture& s, int64_t
   constexpr int64_t L = kLanes<float>;
   Walk start(to);
   for (int64_t p = 0; p < s.pixels(); p += L) {
-    const int64_t pixels = s.pixels() - p < L ? s.pixels() - p : L;
+    const int64_t pixels = clamp<L>(s.pixels() - p);
     Walk walk = start;
     for (int64_t k = 0; k < to.channels; k += L) {
       Vec<float> v[L];
@@ -172,7 +166,7 @@ void pack_gradient(const Gradient<T>& d, int64_t m, const Picture& s, int64_t b,
 template <class T> SK_INLINE void unpack(const float* block, int64_t block_channels, T* image, const Picture& s, int64_t channels) {
   constexpr int64_t L = kLanes<float>;
   for (int64_t p = 0; p < s.pixels(); p += L) {
-    const int64_t pixels = s.pixels() - p < L ? s.pixels() - p : L;
+    const int64_t pixels = clamp<L>(s.pixels() - p);
     for (int64_t k = 0; k < channels; k += L) {
       Vec<float> v[L];
       for (int i = 0; i < L; ++i) v[i] = i < pixels ? load(block + (p + i) * block_channels + k) : Vec<float>{};

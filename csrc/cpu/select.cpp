@@ -2,13 +2,12 @@
 
 #ifdef SK_ISA
 
-// kN vectors, `step` elements apart.
+// kN vectors, or the first n lanes of each, `step` elements apart.
 template <bool kPartial, class T, int kN>
 SK_INLINE void put(bool streamed, T* out, int64_t step, const Vec<Accumulate<T>> (&v)[kN], int64_t n) {
-  if (!kPartial && streamed && are_lines(out, step))
-    for (int j = 0; j < kN; ++j) stream(out + j * step, v[j]);
-  else
-    for (int j = 0; j < kN; ++j) store_lanes<kPartial>(out + j * step, v[j], n);
+  if constexpr (kPartial)
+    for (int j = 0; j < kN; ++j) store(out + j * step, v[j], n);
+  else store_all(streamed && are_lines(out, step), out, step, v);
 }
 
 // A tile is kN vectors, `step` elements apart, from `offset` on; all of image b, and of channel c on if lanes are
@@ -142,7 +141,6 @@ template <class T, class F> static void parallel_tiles(const Branches<T>& v, con
 
 Tensor select_cpu(TensorList ys, const Tensor& mean, const Tensor& scale, const Tensor& bias, const Tensor& a, c10::string_view activation,
                   double negative_slope) {
-  check_branches(ys);
   check_normalized(ys, mean, scale, bias);
   const int64_t M = ys.size(), B = ys[0].size(0), C = ys[0].size(1);
   check_array(a, "a", mean.scalar_type(), {B, M, C});

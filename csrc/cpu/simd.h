@@ -83,6 +83,14 @@ template <class T> SK_INLINE void stream(T* p, Vec<Accumulate<T>> v) {
   store(p, v);
 }
 
+// Registers, `step` elements apart; if they are `lines` that nobody reads soon, past the caches.
+template <class T, int kN> SK_INLINE void store_all(bool lines, T* p, int64_t step, const Vec<Accumulate<T>> (&v)[kN]) {
+  if (lines)
+    for (int j = 0; j < kN; ++j) stream(p + j * step, v[j]);
+  else
+    for (int j = 0; j < kN; ++j) store(p + j * step, v[j]);
+}
+
 // The first n < kLanes elements only; the lanes beyond them are 0.
 #if SK_VECTOR_BYTES == 64
 SK_INLINE Vec<float> load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p); }
@@ -101,7 +109,17 @@ template <class T> SK_INLINE void store(T* p, Vec<Accumulate<T>> v, int64_t n) {
   std::memcpy(p, part, n * sizeof(T));
 }
 
-// A whole register, or its first n lanes.
+// A whole register, or its first n lanes, whichever it is.
+template <class T> SK_INLINE Vec<Accumulate<T>> load_some(const T* p, int64_t n) {
+  return n < kLanes<Accumulate<T>> ? load(p, n) : load(p);
+}
+
+template <class T> SK_INLINE void store_some(T* p, Vec<Accumulate<T>> v, int64_t n) {
+  if (n < kLanes<Accumulate<T>>) store(p, v, n);
+  else store(p, v);
+}
+
+// The same, where it is known when it is compiled.
 template <bool kPartial, class T> SK_INLINE Vec<Accumulate<T>> load_lanes(const T* p, int64_t n) {
   if constexpr (kPartial) return load(p, n);
   else return load(p);
@@ -134,6 +152,14 @@ template <class A> SK_INLINE A sum(Vec<A> v) {
 }
 #endif
 
+// 1 / k!, k < kN.
+template <class A, int kN> constexpr std::array<A, kN> inverse_factorials() {
+  std::array<A, kN> all{};
+  double factorial = 1;
+  for (int k = 0; k < kN; ++k, factorial *= k) all[k] = static_cast<A>(1 / factorial);
+  return all;
+}
+
 // exp by x = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor polynomial of exp(r); about 1 ulp. Saturates instead of
 // overflowing, keeps NaN.
 template <class A> SK_INLINE Vec<A> exp(Vec<A> x) {
@@ -145,13 +171,15 @@ template <class A> SK_INLINE Vec<A> exp(Vec<A> x) {
   // Adding this makes the unit the last mantissa bit, and so rounds.
   constexpr A kRound = kFloat ? A(12582912) : A(6755399441055744);
   constexpr int kTerms = kFloat ? 7 : 13;
+  static constexpr auto kFactor = inverse_factorials<A, kTerms + 1>();
   constexpr int kMantissa = kFloat ? 23 : 52, kBias = kFloat ? 127 : 1023;
   x = x > kLimit ? splat<A>(kLimit) : x;
   x = x < -kLimit ? splat<A>(-kLimit) : x;
   const Vec<A> n = (x * A(1.4426950408889634) + kRound) - kRound;
   const Vec<A> r = (x - n * kHigh) - n * kLow;
-  Vec<A> p = splat<A>(1);
-  for (int k = kTerms; k > 0; --k) p = p * r / A(k) + A(1);
+  Vec<A> p = splat(kFactor[kTerms]);
+#pragma GCC unroll 16
+  for (int k = kTerms - 1; k >= 0; --k) p = p * r + kFactor[k];
   using Integer = typename Simd<A>::integer;
   return p * (Vec<A>)((__builtin_convertvector(n, Integer) + kBias) << kMantissa);
 }
@@ -162,8 +190,8 @@ template <class A, Activation kAct> struct Act {
   A slope;
   SK_INLINE Vec<A> operator()(Vec<A> z) const {
     if constexpr (kAct == Activation::silu) return z * sigmoid(z);
-    // Of a NaN and 0 it is the second operand.
 #if SK_VECTOR_BYTES == 64
+    // The larger of 0 and a NaN is the second operand.
     else if constexpr (kAct == Activation::relu && sizeof(A) == 4) return _mm512_max_ps(Vec<A>{}, z);
 #endif
     else return gate(z, z);

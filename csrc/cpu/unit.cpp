@@ -71,13 +71,11 @@ Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArra
   TORCH_CHECK_VALUE(attention.M == s.M, "fc_select: expected ", s.M, " * ", s.out.C, " rows, got ", fc_select.size(0));
   const Tensor attn_mean_in = attention.vector(attn_mean, "attn_mean", attention.D),
                attn_var_in = attention.vector(attn_var, "attn_var", attention.D);
-  // Of the branches in flight.
-  const int64_t bytes = at::get_num_threads() * kCacheBytes;
-  const int64_t most = std::clamp<int64_t>(bytes / (s.M * s.out.C * s.out.pixels() * 4), 1, s.B);
-  const int64_t rounds = (s.B + most - 1) / most, images = (s.B + rounds - 1) / rounds;
-
   const int64_t cluster = s.winograd() ? cluster_of_winograd(s) : cluster_of_direct(s), clusters = (s.out.C + cluster - 1) / cluster;
   const int64_t channels = clusters * cluster, values = s.M * channels * s.out.pixels();
+  // Of the branches in flight.
+  const int64_t bytes = at::get_num_threads() * kCacheBytes, most = std::clamp<int64_t>(bytes / (values * 4), 1, s.B);
+  const int64_t rounds = (s.B + most - 1) / most, images = (s.B + rounds - 1) / rounds;
   const auto array = [&](int64_t of_image) { return at::empty({images, of_image}, at::kFloat); };
   const Tensor z = scratch_of(kept_for_blocks, images * values, bytes), pooled = array(2 * channels), descriptors = array(s.out.C),
                reduced = array(attention.D), hidden = array(attention.D), a = array(s.M * s.out.C);
@@ -103,14 +101,12 @@ Tensor unit_cpu(const Tensor& x, TensorList weights, int64_t stride, at::IntArra
                              a.data_ptr<float>()};
     attention.attend<float>(of, blocks.pooled, 2, channels, s.out.pixels(), false, attn_mean_in.data_ptr<float>(),
                             attn_var_in.data_ptr<float>(), attn_eps, 0, nullptr);
-    dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
-      if constexpr (!std::is_same_v<T, double>) {
-        const int64_t L = SK_PICK(lanes)(), tasks = part.B * ((s.out.pixels() + L - 1) / L) * clusters;
-        const auto kernel = SK_PICK(select_tasks<T, kAct>);
-        at::parallel_for(0, tasks, grain(s.M * L * cluster), [&](int64_t first, int64_t last) {
-          kernel(blocks, out, s.M, static_cast<float>(negative_slope), of.a, v.data_ptr<T>() + s.out.offset(image, 0), first, last);
-        });
-      }
+    dispatch_convolution(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
+      const int64_t L = SK_PICK(lanes)(), tasks = part.B * ((s.out.pixels() + L - 1) / L) * clusters;
+      const auto kernel = SK_PICK(select_tasks<T, kAct>);
+      at::parallel_for(0, tasks, grain(s.M * L * cluster), [&](int64_t first, int64_t last) {
+        kernel(blocks, out, s.M, static_cast<float>(negative_slope), of.a, v.data_ptr<T>() + s.out.offset(image, 0), first, last);
+      });
     });
   }
   return v;
