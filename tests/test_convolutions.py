@@ -43,6 +43,7 @@ CASES = {
     "dense, 1 × 1 maps": (32, 16, 1, (2, 1, 1), 1, (1, 2)),
     "dense, many tiles": (32, 32, 1, (2, 37, 35), 1, (1, 2)),
     "dense, small maps": (32, 144, 1, (5, 7, 7), 1, (1, 2)),
+    "dense, many small maps": (32, 32, 1, (16, 7, 7), 1, (1, 2)),
     "dense, many inputs, split": (256, 144, 1, (3, 7, 9), 1, (2, 1)),
     "dense, long rows": (16, 16, 1, (1, 2, 131), 1, (2, 3)),
     "dense, more planes than fit": (128, 32, 1, (4, 7, 9), 1, (1, 2)),
@@ -184,14 +185,29 @@ def test_opcheck(name: str, case: str, layout: str):
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", ["8 a group", "32 a group", "dense, many tiles", "dense, whole", "dense, narrow to wide", "dense, split in three"])
+@pytest.mark.parametrize(
+    "case",
+    ["8 a group", "32 a group", "dense, many tiles", "dense, whole", "dense, narrow to wide", "dense, split in three", "dense, many small maps"],
+)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_runs_and_threads_agree_to_the_bit(name: str, case: str, layout: str):
+    """In eval the number of threads decides how many images are taken together, and by that how small maps' edges are computed."""
     arguments = operands(case, layout=layout)[name]
-    first, second = results(native, name, arguments), results(native, name, arguments)
-    torch.set_num_threads(1)
-    for a, b, c in zip(first, second, results(native, name, arguments), strict=True):
-        assert torch.equal(a, b) and torch.equal(a, c)
+    first = results(native, name, arguments)
+    for threads in (2, 1) if name == "unit" else (2, 1, 16):
+        torch.set_num_threads(threads)
+        assert_same(results(native, name, arguments), first)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("case", ["32 a group", "dense, whole"])
+def test_half_precision_is_added_up_in_float32(case: str, dtype: torch.dtype):
+    """The gradient of an x that all branches see: rounded once, whatever the layout."""
+    arguments = operands(case, dtype)["branch_backward"]
+    g, x, *convolution, ys, mean, scale, bias, a, t, p, q, activation, slope, needs = arguments
+    g, x, *ys = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (g, x, *ys))
+    dx, _ = native.branch_backward(g, x, *convolution, ys, mean, scale, bias, a, t, p, q, activation, slope, needs)
+    assert torch.equal(dx, native.branch_backward(*arguments)[0])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -282,6 +298,7 @@ BAD = {
     "x is not dense": (0, lambda x: x[..., ::2], ValueError, "x: .*strides"),
     "x has other channels": (0, lambda x: x[:, :32].contiguous(), ValueError, "x: .*32"),
     "no weights": (1, lambda _: [], ValueError, "weights: .*0"),
+    "weights of no outputs": (1, lambda ws: [w[:0] for w in ws], ValueError, "weights: .*0, 8, 3"),
     "weights differ": (1, lambda ws: [ws[0], ws[1][:32]], ValueError, "weights: "),
     "weights are 5 × 5": (1, lambda ws: [F.pad(w, (1, 1, 1, 1)) for w in ws], ValueError, "weights: .*5, 5"),
     "weights of another dtype": (1, lambda ws: [w.bfloat16() for w in ws], TypeError, "weights: .*BFloat16"),

@@ -235,8 +235,7 @@ template <class T, int kVecs> struct ToImages {
         each_output<kOneRow, kOneColumn>(tiles[t], m + (t * kVecs + j) * L, position_step, [&](int64_t pixel, Vec<float> value) {
           T* const to = images + b * image_step + pixel * step + c + j * L;
           if (add) value += load(to);
-          if (streamed && are_lines(to, step)) stream(to, value);
-          else store(to, value);
+          store_all(streamed && are_lines(to, step), to, step, {value});
         });
   }
 };
@@ -309,28 +308,27 @@ SK_INLINE void convolve(const Branch<T>& branch, bool packed, int64_t image, int
     }
     for (int64_t c = begin; c < end; c += kChunk) {
       float* const of_chunk = u + (c - begin) / kChunk % s.kept * s.bands.positions() * u_step;
-      for (int64_t j = 0, row = s.inputs * 9; j < kVecs && c == next; ++j) {
-        const int64_t channel = group * s.outputs + c + j * L;
-        if (weights.rows) transpose_rows(weights.rows + channel * row, row, side_by_side);
-        transform_weights(weights.rows ? side_by_side : weights.packed + channel * row,
-                          weights.scale ? load(weights.scale + channel) : splat(1.0f), s.inputs, s.channel_step, s.tap_step,
-                          s.bands.edges(), of_chunk + j * L, kChunk, u_step);
+      if (c == next) {
+        for (int64_t j = 0, row = s.inputs * 9; j < kVecs; ++j) {
+          const int64_t channel = group * s.outputs + c + j * L;
+          if (weights.rows) transpose_rows(weights.rows + channel * row, row, side_by_side);
+          transform_weights(weights.rows ? side_by_side : weights.packed + channel * row,
+                            weights.scale ? load(weights.scale + channel) : splat(1.0f), s.inputs, s.channel_step, s.tap_step,
+                            s.bands.edges(), of_chunk + j * L, kChunk, u_step);
+        }
+        next = all_kept || c + kChunk < end ? c + kChunk : begin;
       }
-      if (c == next) next = all_kept || c + kChunk < end ? c + kChunk : begin;
       TileOf out = start;
       for (int64_t from = 0; from < count; from += kTilesOfProduct) {
         const int64_t until = from + kTilesOfProduct < count ? from + kTilesOfProduct : count;
         const Pieces pieces(out, until - from);
-        for (uint32_t left = pieces.positions; left != 0; left &= left - 1) {
-          const int64_t position = __builtin_ctz(left);
-          Range ranges[kMostPieces];
-          const int64_t needing = pieces.needing(position, ranges);
+        pieces.each_position([&](int64_t at, const Range* ranges, int64_t needing) {
           int64_t t = 0;
           for (const Range* range = ranges; range < ranges + needing; ++range)
             for (t = t > range->begin ? t : range->begin - range->begin % kRows; t < range->end; t += kRows)
-              multiply<kRows, kVecs>(v + position * v_step + (from + t) * s.inputs, of_chunk + position * u_step, s.inputs,
-                                     m + position * m_step + t * kChunk);
-        }
+              multiply<kRows, kVecs>(v + at * v_step + (from + t) * s.inputs, of_chunk + at * u_step, s.inputs,
+                                     m + at * m_step + t * kChunk);
+        });
         for (int64_t t = from, now; t < until; t += now, out += now) {
           now = until - t < out.in_band() ? until - t : out.in_band();
           for_band(out.band, [&]<bool kOneRow, bool kOneColumn>() {
@@ -343,7 +341,7 @@ SK_INLINE void convolve(const Branch<T>& branch, bool packed, int64_t image, int
 }
 
 // Tasks are (some images, group, part of its output channels), of all branches. The last of the scratch, `picture`, is for outputs
-// that are contiguous; channels_last ones go where they belong at once.
+// that do not go where they belong at once.
 template <class T, int kVecs>
 void convolve_tasks(const Branch<T>* branches, int64_t M, float* scratch, int64_t picture, int64_t first, int64_t last) {
   constexpr int64_t kChunk = kVecs * kLanes<float>;
@@ -357,7 +355,7 @@ void convolve_tasks(const Branch<T>* branches, int64_t M, float* scratch, int64_
       const bool packed = m > 0 && branch.reads_as(branches[m - 1]) && s.has_all_planes(images),
                  add = m > 0 && branch.writes_as(branches[m - 1]), last_to_add = m + 1 == M || !branches[m + 1].writes_as(branch);
       T* const to = branch.out + s.out.offset(image, group * s.outputs + branch.convolution.first_output);
-      if (s.out.channels_last) {
+      if (in_place<T>(s.out, add || !last_to_add)) {
         convolve<kVecs>(branch, packed, image, images, group, begin, end, scratch,
                         ToImages<T, kVecs>{to, s.out.C * pixels, s.out.C, add, s.out.streamed && last_to_add});
         continue;
@@ -430,16 +428,12 @@ void weight_gradient_tasks(const Branch<T>* branches, int64_t width, float* part
                                                    d + t * width, d_step);
         });
       }
-      const Pieces pieces(start, count);
-      for (uint32_t left = pieces.positions; left != 0; left &= left - 1) {
-        const int64_t position = __builtin_ctz(left);
-        Range ranges[kMostPieces];
-        const int64_t needing = pieces.needing(position, ranges);
+      Pieces(start, count).each_position([&](int64_t at, const Range* ranges, int64_t needing) {
         for (int64_t c = 0; c < width; c += kChunk)
           for (int64_t i = 0; i < s.inputs; i += kTransposedRows)
-            multiply_transposed<kTransposedRows, kVecs>(v + position * v_step + i, d + position * d_step + c, ranges, needing, s.inputs,
-                                                        width, du + position * du_step + c * s.inputs + i * kChunk);
-      }
+            multiply_transposed<kTransposedRows, kVecs>(v + at * v_step + i, d + at * d_step + c, ranges, needing, s.inputs, width,
+                                                        du + at * du_step + c * s.inputs + i * kChunk);
+      });
     }
     const int64_t row = s.inputs * 9;
     for (int64_t c = 0; c < width; c += L) {
@@ -534,16 +528,20 @@ struct Pieces {
       positions |= kNeeded[at.band];
     }
   }
-  // The tiles that need the products of a position. Returns how many ranges these are.
-  int64_t needing(int64_t position, Range* ranges) const {
-    int64_t found = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      if (!(kNeeded[band[i]] >> position & 1)) continue;
-      const int64_t begin = i == 0 ? 0 : end[i - 1];
-      if (found > 0 && ranges[found - 1].end == begin) ranges[found - 1].end = end[i];
-      else ranges[found++] = {begin, end[i]};
+  // f(position, ranges, how many these are), for the positions whose products some tiles need: these tiles.
+  template <class F> void each_position(const F& f) const {
+    for (uint32_t left = positions; left != 0; left &= left - 1) {
+      const int64_t position = __builtin_ctz(left);
+      Range ranges[kMostPieces];
+      int64_t found = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        if (!(kNeeded[band[i]] >> position & 1)) continue;
+        const int64_t begin = i == 0 ? 0 : end[i - 1];
+        if (found > 0 && ranges[found - 1].end == begin) ranges[found - 1].end = end[i];
+        else ranges[found++] = {begin, end[i]};
+      }
+      f(position, ranges, found);
     }
-    return found;
   }
 };
 
@@ -604,6 +602,9 @@ struct Winograd {
   }
   int64_t chunk_of(int64_t part, int64_t chunk) const { return part * (outputs / chunk) / parts * chunk; }
 };
+
+// Whether outputs go where they belong at once: in channels_last, if they are not to be added up in half precision.
+template <class T> bool in_place(const Picture& out, bool added_up) { return out.channels_last && (!added_up || std::is_same_v<T, float>); }
 
 // What is convolved, and where that goes: x, or the gradient of branch m.
 template <class T> struct Branch {
@@ -698,11 +699,9 @@ static bool edges_pay(const Bands& bands, int64_t images) {
   const int64_t rows = SK_PICK(rows_of_product)(), tiles = images * bands.ends[3], whole = 16 * ((tiles + rows - 1) / rows);
   const Pieces pieces({bands, images, false}, tiles);
   int64_t products = 0;
-  for (int64_t position = 0; position < kPositions; ++position) {
-    Range ranges[kMostPieces];
-    const int64_t needing = pieces.needing(position, ranges);
+  pieces.each_position([&](int64_t, const Range* ranges, int64_t needing) {
     for (int64_t i = 0; i < needing; ++i) products += (ranges[i].end + rows - 1) / rows - ranges[i].begin / rows;
-  }
+  });
   return products * rows + 9 * 3 < whole * rows;
 }
 
@@ -723,7 +722,8 @@ template <class T> static void cut(std::vector<Branch<T>>& branches, int64_t chu
     w.images = images;
     w.planes = bytes <= kPlanesBytes ? images : 1;
     w.span = std::min(w.span, images * w.tiles);
-    if (!edges_pay(w.bands, images)) w.bands = {0, w.tiles, w.tiles, w.tiles};
+    // Whatever the number of threads: it decides how edges are rounded.
+    if (!edges_pay(w.bands, together)) w.bands = {0, w.tiles, w.tiles, w.tiles};
     w.parts = 1;
     const int64_t tasks = w.tasks();
     if (tasks < 4 * threads) w.parts = std::min(threads / std::gcd(tasks, threads), w.outputs / chunk);
@@ -746,7 +746,8 @@ template <class T> static void convolve(std::vector<Branch<T>> branches, int64_t
   cut(branches, chunk);
   const Winograd& w = branches[0].convolution;
   const int64_t most_channels = (w.outputs / chunk + w.parts - 1) / w.parts * chunk;
-  const int64_t picture = w.out.channels_last ? 0 : w.images * w.out.pixels() * most_channels;
+  const bool added_up = branches.size() > 1 && branches[1].writes_as(branches[0]);
+  const int64_t picture = in_place<T>(w.out, added_up) ? 0 : w.images * w.out.pixels() * most_channels;
   const auto kernel = chunk == SK_PICK(lanes)() ? SK_PICK(convolve_tasks<T, 1>) : SK_PICK(convolve_tasks<T, 2>);
   on_tasks(branches, chunk, picture, [&](float* scratch, int64_t size, int64_t first, int64_t last) {
     kernel(branches.data(), branches.size(), scratch, size, first, last);
@@ -775,19 +776,17 @@ int64_t cluster_of_winograd(const Convolutions& s) { return chunk_of(s.outputs);
 void unit_branches_winograd(const Convolutions& s, const Tensor& x, TensorList weights, const float* scale, const Blocks& blocks,
                             c10::string_view activation, double negative_slope) {
   const std::vector<Tiles> tiles = tiles_of(s);
-  dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
-    if constexpr (!std::is_same_v<T, double>) {
-      std::vector<Branch<T>> branches;
-      for (int64_t m = 0; m < s.M; ++m)
-        branches.push_back(
-            {winograd_of(s, m, tiles[m]), x.const_data_ptr<T>(), {weights[m].const_data_ptr<T>(), nullptr, scale + m * s.out.C}, nullptr});
-      cut(branches, blocks.cluster);
-      const auto kernel =
-          blocks.cluster == SK_PICK(lanes)() ? SK_PICK(unit_branches_tasks<T, 1, kAct>) : SK_PICK(unit_branches_tasks<T, 2, kAct>);
-      on_tasks(branches, blocks.cluster, 0, [&](float* scratch, int64_t, int64_t first, int64_t last) {
-        kernel(branches.data(), s.M, blocks, static_cast<float>(negative_slope), scratch, first, last);
-      });
-    }
+  dispatch_convolution(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
+    std::vector<Branch<T>> branches;
+    for (int64_t m = 0; m < s.M; ++m)
+      branches.push_back(
+          {winograd_of(s, m, tiles[m]), x.const_data_ptr<T>(), {weights[m].const_data_ptr<T>(), nullptr, scale + m * s.out.C}, nullptr});
+    cut(branches, blocks.cluster);
+    const auto kernel =
+        blocks.cluster == SK_PICK(lanes)() ? SK_PICK(unit_branches_tasks<T, 1, kAct>) : SK_PICK(unit_branches_tasks<T, 2, kAct>);
+    on_tasks(branches, blocks.cluster, 0, [&](float* scratch, int64_t, int64_t first, int64_t last) {
+      kernel(branches.data(), s.M, blocks, static_cast<float>(negative_slope), scratch, first, last);
+    });
   });
 }
 
@@ -847,16 +846,14 @@ void branch_winograd_backward(const Convolutions& s, const Tensor& g, const Tens
                               const Tensor& p, const Tensor& q, c10::string_view activation, double negative_slope, const Tensor& dx,
                               TensorList dweights) {
   const std::vector<Tiles> tiles = tiles_of(s);
-  dispatch(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
-    if constexpr (!std::is_same_v<T, double>) {
-      const Branches<T> operands(ys, mean, scale, bias, negative_slope);
-      const Gradient<T> gradient(operands, g, a, t, p, q);
-      std::vector<Branch<T>> branches;
-      for (int64_t m = 0; m < s.M; ++m)
-        branches.push_back({winograd_of(s, m, tiles[m]), nullptr, {}, nullptr, &gradient, SK_PICK(pack_gradient<T, kAct>), m});
-      if (dx.numel()) input_gradient(s, branches, weights, dx);
-      if (!dweights.empty()) weight_gradients(s, branches, x, dweights);
-    }
+  dispatch_convolution(x.scalar_type(), activation, [&]<class T, Activation kAct>() {
+    const Branches<T> operands(ys, mean, scale, bias, negative_slope);
+    const Gradient<T> gradient(operands, g, a, t, p, q);
+    std::vector<Branch<T>> branches;
+    for (int64_t m = 0; m < s.M; ++m)
+      branches.push_back({winograd_of(s, m, tiles[m]), nullptr, {}, nullptr, &gradient, SK_PICK(pack_gradient<T, kAct>), m});
+    if (dx.numel()) input_gradient(s, branches, weights, dx);
+    if (!dweights.empty()) weight_gradients(s, branches, x, dweights);
   });
 }
 
