@@ -41,7 +41,7 @@ def fuse(model: nn.Module) -> Report:
 
     In place: a unit changes its class and nothing else, so parameters, buffers, hooks, state_dict and an optimizer made
     before go on as they were. A unit whose attention is not timm's own, or a subclass, is left alone; so is what has the name of
-    another project's unit, but other layers, or gives something else of them.
+    another project's unit, but other layers, or hooks on them, or gives something else of them.
     """
     return _convert(model, _timm_to_fused(), FAMILIES)
 

@@ -58,15 +58,7 @@ class Family(nn.Module):
 
     def why_not(self) -> str | None:
         """The reason why this unit, as it stands, is not fused, or None."""
-        if _has_any_global_hook():
-            return "hooks are registered on all modules"
-        reason = self.structure(self)
-        if reason:
-            return reason
-        for name, module in self.named_modules():
-            if module is not self and _hooked(module):
-                return f"{name} has hooks"
-        return None
+        return self.structure(self) or _why_called(self)
 
     def forward(self, *args, **kwargs) -> Tensor:
         if kwargs or len(args) != 1:
@@ -88,19 +80,18 @@ class Family(nn.Module):
 
 
 def why_not_known(module: nn.Module, family: type[Family]) -> str | None:
-    """The reason why `module` is not the unit that `family` fuses, or None: other layers; or, of the same layers, another forward, as
-    both are run in eval, on a copy in float64."""
-    reason = family.structure(module)
+    """The reason why `module` is not the unit that `family` fuses, or None: other layers, or hooks on them, which are not to be called
+    for this; or, of the same layers, another forward, as both are run in eval, on a copy in float64."""
+    reason = family.structure(module) or _why_called(module)
     if reason or any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         return reason
-    twin = copy.deepcopy(module).to("cpu", torch.float64).eval()
-    x = family.example(twin)
     with torch.no_grad(), use_backend("reference"):
         try:
-            expected = type(module).forward(twin, x)
+            twin = copy.deepcopy(module).to("cpu", torch.float64).eval()
+            x = family.example(twin)
+            expected, v = type(module).forward(twin, x), family._fused(twin, x)
         except Exception as error:
-            return f"its forward does not take what the published unit takes: {error}"
-        v = family._fused(twin, x)
+            return f"a copy of it does not run as the published unit does: {error}"
     if not isinstance(expected, Tensor) or v.shape != expected.shape or not torch.allclose(v, expected, rtol=1e-6, atol=1e-9, equal_nan=True):
         return "its forward does not give what the published unit gives"
     return None
@@ -251,6 +242,13 @@ def _children(module: nn.Module, *names: str) -> str | None:
     """The reason why the layers of `module` are not of these names."""
     found = [name for name, _ in module.named_children()]
     return None if sorted(found) == sorted(names) else f"its layers are {', '.join(found) or 'none'}, not {', '.join(names)}"
+
+
+def _why_called(module: nn.Module) -> str | None:
+    """The reason why the layers of `module` have to be called: who listens to them."""
+    if _has_any_global_hook():
+        return "hooks are registered on all modules"
+    return next((f"{name} has hooks" for name, layer in module.named_modules() if layer is not module and _hooked(layer)), None)
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:

@@ -4,12 +4,14 @@ its layers; `fuse` has to find it, and the fused one has to be it."""
 import copy
 import io
 import pickle
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import prune
 
 import sk_fused
 from sk_fused import FusedSelectiveKernelAttn, functional, reference
@@ -191,6 +193,8 @@ OTHERS = {
     "its layers are none, not avg_pool": type("SKFF", (nn.Module,), {})(),
     "its layers are paths, not main_conv": changed(type("SelectiveKernel", (nn.Module,), {})(), lambda m: m.add_module("paths", nn.Identity())),
     # MIRNet, the first.
+    "conv_du.0 has hooks": changed(SKFF(8), lambda m: prune.l1_unstructured(m.conv_du[0], "weight", 0.5)),
+    "a copy of it does not run as the published unit does: cannot pickle": changed(SKFF(8), lambda m: setattr(m, "lock", threading.Lock())),
     "conv_du is not a convolution and ReLU, LeakyReLU or Identity": changed(SKFF(8), lambda m: setattr(m, "conv_du", nn.Sequential(m.conv_du[0], nn.PReLU()))),
     "there are 3 fcs for a height of 2": changed(SKFF(8), lambda m: setattr(m, "height", 2)),
     "softmax is not over dimension 1": changed(SKFF(8), lambda m: setattr(m, "softmax", nn.Softmax(dim=2))),
@@ -204,7 +208,7 @@ OTHERS = {
     "mixing_conv.0 is not Linear or a 1 × 1 convolution without bias": changed(SelectiveKernel(8, 8, 1), lambda m: m.mixing_conv.__setitem__(0, nn.Conv2d(8, 32, 1))),
     # Of the same layers, with another forward.
     "its forward does not give what the published unit gives": type(MIRNET, (SKFF,), {"forward": lambda self, us: SKFF.forward(self, us) + us[0]})(8),
-    "its forward does not take what the published unit takes": type(ATTENTION, (SKAttention,), {"forward": lambda self, x, y: (x, y)})(8),
+    "a copy of it does not run as the published unit does": type(ATTENTION, (SKAttention,), {"forward": lambda self, x, y: (x, y)})(8),
 }  # fmt: skip
 
 
@@ -215,6 +219,16 @@ def test_others_of_the_name_are_left_alone(reason: str):
     (entry,) = sk_fused.fuse(unit).units
     assert type(unit) is unit_class and not entry.fused
     assert entry.reason.startswith(f"not the {unit_class.__name__} that is known: {reason}")
+
+
+@pytest.mark.parametrize("listen", [lambda layer: layer.register_forward_hook, lambda _: nn.modules.module.register_module_forward_hook])
+def test_fuse_calls_no_hook_and_goes_on(listen: Callable):
+    net, calls = nn.Sequential(SKFF(8), SKFF(8)), []
+    handle = listen(net[0].conv_du)(lambda *_: calls.append(1))
+    first, _ = sk_fused.fuse(net).units
+    assert not calls and not first.fused and type(net[0]) is SKFF and "hooks" in first.reason
+    handle.remove()
+    assert [unit.fused for unit in sk_fused.fuse(net).units] == [True, True]
 
 
 def test_fuse_draws_no_random_number_and_changes_no_mode():
