@@ -154,7 +154,7 @@ def selective_kernel(
     Raises:
         ValueError: an argument has a wrong shape, device or value; or, in training, one value per channel only, as
             PyTorch's batch-norm has it.
-        TypeError: the branches are not of one floating-point dtype.
+        TypeError: the branches are not of one floating-point dtype; or one tensor, or one BatchNorm, is given for a list of them.
     """
     _check(branches, norms, fc_reduce, fc_select, activation)
     acts = (activation, float(negative_slope)), (attn_activation, float(attn_negative_slope))
@@ -465,6 +465,8 @@ def _in_one_layout(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _check(branches: Sequence[Tensor], norms: Sequence[BatchNorm], fc_reduce: Tensor, fc_select: Tensor, activation: str) -> None:
+    if isinstance(branches, Tensor):
+        raise TypeError(f"branches: expected a list of tensors, got one tensor of shape {tuple(branches.shape)}")
     if not branches:
         raise ValueError("branches: expected at least one, got none")
     first = branches[0]
@@ -482,6 +484,8 @@ def _check(branches: Sequence[Tensor], norms: Sequence[BatchNorm], fc_reduce: Te
 
 def _check_unit(like: Tensor, shape: Sequence[int], M: int, norms: Sequence[BatchNorm], fc_reduce: Tensor, fc_select: Tensor, activation: str) -> None:
     """Of M branches of this shape, on the device of `like`."""
+    if isinstance(norms, BatchNorm):
+        raise TypeError(f"norms: expected a list with a BatchNorm for each of the {M} branches, got one BatchNorm alone")
     if len(norms) != M:
         raise ValueError(f"norms: expected one for each of the {M} branches, got {len(norms)}")
     # Of a batch over several processes, this one's part may be empty.

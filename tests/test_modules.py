@@ -345,6 +345,7 @@ def operands() -> dict:
 
 BAD_OPERANDS = {
     "no branches": (dict(branches=lambda ys: []), ValueError, "branches: expected at least one"),
+    "stacked": (dict(branches=lambda ys: torch.stack(ys)), TypeError, r"branches: expected a list of tensors, got one tensor of shape \(2, 3, 4, 6, 5\)"),
     "rank": (dict(branches=lambda ys: [y[0] for y in ys]), ValueError, "branches: expected shape"),
     "shapes differ": (dict(branches=lambda ys: [ys[0], ys[1][:, :, 1:]]), ValueError, "branches: expected one shape and device"),
     "devices differ": (dict(branches=lambda ys: [ys[0], ys[1].to("meta")]), ValueError, "branches: expected one shape and device.*meta"),
@@ -352,6 +353,7 @@ BAD_OPERANDS = {
     "integers": (dict(branches=lambda ys: [y.long() for y in ys]), TypeError, "int64"),
     "empty": (dict(branches=lambda ys: [y[:0] for y in ys]), ValueError, "branches: expected at least one value"),
     "too few norms": (dict(norms=lambda norms: norms[:1]), ValueError, "norms: expected one for each of the 2 branches, got 1"),
+    "one norm": (dict(norms=lambda norms: norms[0]), TypeError, "norms: expected a list .* of the 2 branches, got one BatchNorm"),
     "norms differ": (dict(norms=lambda norms: [norms[0], norms[1]._replace(eps=1e-3)]), ValueError, "norms: .*eps=0.001"),
     "weight": (dict(norms=lambda norms: [norms[0], norms[1]._replace(weight=torch.ones(1))]), ValueError, r"norms: expected weight of shape \(4,\)"),
     "bias on a device": (dict(norms=lambda norms: [norms[0]._replace(bias=torch.ones(4, device="meta")), norms[1]]), ValueError, "norms: expected bias.*meta"),
