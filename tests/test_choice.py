@@ -185,8 +185,8 @@ def test_a_road_without_memory_is_not_taken_and_nothing_kept(cache: Path):
     def fails() -> float:
         raise torch.OutOfMemoryError("for a test")
 
-    def choose(roads: dict) -> str:
-        return choice.choose(CASE, roads, "own", DEVICE, Timer())
+    def choose(roads: dict, case: str = CASE) -> str:
+        return choice.choose(case, roads, "own", DEVICE, Timer())
 
     roads = {"library": fails, "own": lambda: 2.0, "twice": lambda: 1.0}
     assert choose(roads) == "twice" and not cache.exists()
@@ -194,3 +194,7 @@ def test_a_road_without_memory_is_not_taken_and_nothing_kept(cache: Path):
     assert choose({**roads, "own": fails}) == "twice"
     another_process()
     assert choose(dict.fromkeys(roads, fails)) == "own" and not cache.exists()
+    # Nor with another case.
+    assert choose({"own": lambda: 2.0, "twice": lambda: 1.0}, "another case") == "twice"
+    assert json.loads(choice._file(DEVICE).read_text()) == {"another case": "twice"}
+    assert choose({**roads, "library": lambda: 0.0}) == "own"

@@ -124,12 +124,13 @@ def _read(file: Path) -> dict[str, str]:
 def _keep(device: str, case: str, road: str) -> None:
     """Writes the file with this case in it beside the old one, and renames it: readers see the one or the other."""
     known, file = _measured(device), _file(device)
-    # Other processes may have added to it.
-    known.update({**_read(file), **known, case: road})
+    # Other processes may have added to it. What is known for want of memory is not to be in it.
+    kept = {**_read(file), case: road}
+    known.update({**kept, **known, case: road})
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".json", delete=False) as beside:
-            json.dump(known, beside, indent=1, sort_keys=True)
+            json.dump(kept, beside, indent=1, sort_keys=True)
         os.replace(beside.name, file)
     except OSError as error:
         backends.warn_once(f"sk_fused measures again in the next process, because {file} cannot be written: {error}")
