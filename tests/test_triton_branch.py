@@ -94,11 +94,13 @@ def test_road_is_the_librarys_where_nothing_is_measured(layout: str, monkeypatch
     for library in ("_branch_library", "_unit_library"):
         monkeypatch.setattr(branch, library, lambda *_: None)
     convolution, rest = operands("4 a group", layout=layout)
-    branch.branch(*convolution)
+    for statistics in (True, False):
+        branch.branch(*convolution, statistics)
     branch.unit(*convolution, *rest)
     own = {"own"} if layout == "channels_last" else set()
     twice = {"own twice"} if layout == "channels_last" else set()
-    assert offered == {"branch": ({"library"} | own, "library"), "unit": ({"library"} | own | twice, "library")}
+    branches = {"library"} | own, "library"
+    assert offered == {"branch": branches, "branch without statistics": branches, "unit": ({"library"} | own | twice, "library")}
 
 
 class Call(NamedTuple):

@@ -399,7 +399,7 @@ def branch(x, weights, stride: int, dilations, groups: int, statistics: bool = T
     roads = {"library": lambda: _branch_library(*convolution, statistics)}
     if is_channels_last(x):
         roads["own"] = lambda: _branch_own(*convolution, statistics)
-    return _take("branch", convolution, roads)
+    return _take("branch" if statistics else "branch without statistics", convolution, roads)
 
 
 def _take(operator: str, convolution: tuple, roads: Mapping[str, Callable[[], T]]) -> T:
