@@ -1,6 +1,7 @@
 """Which road a case takes: sk_fused/kernels/choice.py, with made-up times."""
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def another_process() -> None:
     choice._measured.cache_clear()
+    choice._kernels.cache_clear()
 
 
 class Timer:
@@ -57,7 +59,7 @@ def test_the_fastest_is_taken_and_measured_once(cache: Path):
     assert json.loads(file.read_text()) == {CASE: "fast", "another case": "slow"}
 
 
-def test_a_file_for_each_device_and_version(cache: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_for_each_device_version_and_text_of_the_kernels(cache: Path, monkeypatch: pytest.MonkeyPatch):
     timer = Timer()
     choose(timer)
     (first,) = cache.iterdir()
@@ -72,7 +74,15 @@ def test_a_file_for_each_device_and_version(cache: Path, monkeypatch: pytest.Mon
         patch.setattr("sk_fused.__version__", "99.2")
         another_process()
         choose(timer)
-    assert timer.calls == 5 * 3 and len([*cache.iterdir()]) == 5
+    # A kernel that was changed.
+    kernels = cache.with_name("kernels")
+    shutil.copytree(Path(choice.__file__).parent, kernels)
+    with (kernels / "branch.py").open("a") as file:
+        file.write("# Changed.")
+    monkeypatch.setattr(choice, "__file__", str(kernels / "choice.py"))
+    another_process()
+    choose(timer)
+    assert timer.calls == 6 * 3 and len([*cache.iterdir()]) == 6
 
 
 def test_without_sk_fused_cache_it_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

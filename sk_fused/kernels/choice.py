@@ -1,13 +1,14 @@
 """Which of several roads to one result is taken: by a table, else by what was measured on this machine, else by measuring now.
 
-What is measured is kept in a file for each device and versions of torch, triton and this package, in SK_FUSED_CACHE, or
-sk_fused in XDG_CACHE_HOME, which is ~/.cache if it is not set. SK_FUSED_MEASURE=0 measures nothing: what is in neither table
+What is measured is kept in a file for each device, versions of torch, triton and this package, and text of its kernels, in
+SK_FUSED_CACHE, or sk_fused in XDG_CACHE_HOME, which is ~/.cache if it is not set. SK_FUSED_MEASURE=0 measures nothing: what is in neither table
 nor file takes the default. So it is, for that call alone, while a CUDA graph is captured or torch.compile traces.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -89,7 +90,7 @@ def _milliseconds(run: Callable[[], object]) -> float:
 
 
 def _file(device: str) -> Path:
-    """Where the roads measured on this device with these versions are."""
+    """Where the roads measured on this device with these versions and kernels are."""
     directory = os.environ.get("SK_FUSED_CACHE")
     if not directory:
         try:
@@ -97,8 +98,15 @@ def _file(device: str) -> Path:
         except RuntimeError:
             # A user without a home, as in some containers.
             directory = Path(tempfile.gettempdir()) / "sk_fused"
-    key = f"{device} torch {torch.__version__} triton {triton.__version__} sk_fused {sk_fused.__version__}"
+    key = f"{device} torch {torch.__version__} triton {triton.__version__} sk_fused {sk_fused.__version__} {_kernels()}"
     return Path(directory) / f"{re.sub('[^a-z0-9.]+', '-', key.lower())}.json"
+
+
+@functools.cache
+def _kernels() -> str:
+    """A short name of the kernels' text: in a checkout it changes where the version does not."""
+    texts = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    return hashlib.sha256(b"".join(texts)).hexdigest()[:8]
 
 
 @functools.cache
