@@ -21,6 +21,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty directory for what is measured, and nothing known from before."""
     monkeypatch.setenv("SK_FUSED_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("SK_FUSED_MEASURE", raising=False)
+    torch.use_deterministic_algorithms(False)
     another_process()
     return tmp_path / "cache"
 
@@ -173,6 +174,14 @@ def test_measuring_is_switched_off(cache: Path, monkeypatch: pytest.MonkeyPatch)
     timer = Timer()
     choose(timer, "known")
     monkeypatch.setenv("SK_FUSED_MEASURE", "0")
+    assert choose(timer) == "slow" and choose(timer, "known") == "fast" and timer.calls == 3
+
+
+def test_nothing_is_measured_where_all_is_to_be_deterministic():
+    """Nor does what is known change."""
+    timer = Timer()
+    choose(timer, "known")
+    torch.use_deterministic_algorithms(True)
     assert choose(timer) == "slow" and choose(timer, "known") == "fast" and timer.calls == 3
 
 

@@ -2,7 +2,8 @@
 
 What is measured is kept in a file for each device, versions of torch, triton and this package, and text of its kernels, in
 SK_FUSED_CACHE, or sk_fused in XDG_CACHE_HOME, which is ~/.cache if it is not set. SK_FUSED_MEASURE=0 measures nothing: what is in neither table
-nor file takes the default. So it is, for that call alone, while a CUDA graph is captured or torch.compile traces.
+nor file takes the default. So it is with torch.use_deterministic_algorithms, since roads round differently; and, for that call
+alone, while a CUDA graph is captured or torch.compile traces.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def choose(
     known = TABLE.get((device, case)) or _measured(device).get(case)
     if known in roads:
         return known
-    if os.environ.get("SK_FUSED_MEASURE") == "0" or torch.compiler.is_compiling() or _is_capturing():
+    wanted = os.environ.get("SK_FUSED_MEASURE") != "0" and not torch.are_deterministic_algorithms_enabled()
+    if not wanted or torch.compiler.is_compiling() or _is_capturing():
         return default
     with torch.no_grad():
         times = {road: (timer or _milliseconds)(run) for road, run in roads.items() if _runs(run)}
