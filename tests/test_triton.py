@@ -55,7 +55,7 @@ def test_operators_are_those_of_the_native_backend():
         assert ours == theirs
 
 
-def test_why_not(capability: Callable[[int, int], None]):
+def test_why_not(capability: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch):
     assert triton.why_not([branch()] * 8) is None
     assert triton.why_not([branch(device=torch.device("cpu"))]) == "the Triton kernels run on a GPU, the branches are on cpu"
     assert "the branches are torch.int32" in triton.why_not([branch(dtype=torch.int32)])
@@ -63,6 +63,9 @@ def test_why_not(capability: Callable[[int, int], None]):
     assert "the batch is empty" in triton.why_not([branch(shape=(0, 3, 4, 5))])
     capability(7, 5)
     assert triton.why_not([branch()]) == "the Triton kernels are for compute capability 8.0 and up, cuda:0 has 7.5"
+    capability(9, 4)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert triton.why_not([branch()]) == "the Triton kernels are for NVIDIA GPUs, this build of PyTorch is for ROCm 6.4"
 
 
 def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch):

@@ -74,6 +74,8 @@ def _why_not_triton() -> str | None:
 
 @constant
 def _why_not_device(device: torch.device) -> str | None:
+    if torch.version.hip:
+        return f"the Triton kernels are for NVIDIA GPUs, this build of PyTorch is for ROCm {torch.version.hip}"
     major, minor = _capability(device)
     return None if major >= 8 else f"the Triton kernels are for compute capability 8.0 and up, {device} has {major}.{minor}"
 
