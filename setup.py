@@ -1,8 +1,9 @@
 """Builds the native extension; everything else stands in pyproject.toml.
 
-SK_FUSED_NATIVE=0 leaves the extension out: a pure Python package that runs the reference. The extension has CUDA kernels where
-there is an nvcc, in CUDA_HOME or on the path; no GPU is needed for that. SK_FUSED_CUDA=0 leaves them out, SK_FUSED_CUDA="90a" builds
-for that architecture alone. SK_FUSED_WERROR=1 makes errors of nvcc's warnings: for tests, since another version may have others.
+SK_FUSED_NATIVE=0 leaves the extension out: a pure Python package that runs its Triton kernels on a GPU, and elsewhere the reference.
+The extension has CUDA kernels where there is an nvcc, in CUDA_HOME or on the path; no GPU is needed for that. SK_FUSED_CUDA=0 leaves
+them out, SK_FUSED_CUDA="90a" builds for that architecture alone. SK_FUSED_WERROR=1 makes errors of nvcc's warnings: for tests, since
+another version may have others.
 """
 
 import os
