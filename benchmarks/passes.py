@@ -144,7 +144,7 @@ def _step(operator: Pass, side: str, inputs: Inputs) -> Step:
         reason = backend.why_not(inputs.ys)
         if operator.convolutions and not reason:
             x, weights, *rest = inputs.convolved
-            reason = backend.why_not_convolve(x.shape, x.dtype, [w.shape for w in weights], *rest, x.is_cuda)
+            reason = backend.why_not_convolve(x.shape, x.dtype, [w.shape for w in weights], *rest, x.is_cuda, False)
     if reason:
         raise RuntimeError(reason)
 

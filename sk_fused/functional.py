@@ -165,8 +165,8 @@ def convolved(x, weights, stride, dilations, groups, norms, fc_reduce, attn_norm
     """`selective_kernel` of the convolutions y_m = w_m ∗ x_m, padded by dilation·⌊size/2⌋, which are the package's own; or None where the
     backend in use does not take these. `FusedSelectiveKernel` calls it.
 
-    x_m is x, or, if x has M times the channels that a weight takes, the m-th part of its channels, read where it is. In eval
-    without gradients the whole unit is one operator, and the branches do not leave the cache.
+    x_m is x, or, if x has M times the channels that a weight takes, the m-th part of its channels, read where it is. In eval,
+    where no graph is built, the whole unit is one operator, and the branches do not leave the cache.
 
     Args:
         x: (B, C', H, W), contiguous or channels_last, else brought to contiguous.
@@ -187,8 +187,10 @@ def convolved(x, weights, stride, dilations, groups, norms, fc_reduce, attn_norm
     if not weights or len(dilations) != len(weights) or any(weight.dim() != 4 for weight in weights):
         shapes = [tuple(weight.shape) for weight in weights]
         raise ValueError(f"weights: expected one (C, inputs, size, size) for each of the dilations {list(dilations)}, got {shapes}")
+    _check_norms(norms, len(weights))
     backend, dtype = backends.choose([x]), _autocast_dtype(x)
-    if backend.why_not_convolve(x.shape, dtype, [w.shape for w in weights], stride, dilations, groups, x.is_cuda):
+    graph = _builds_graph(x, *weights, fc_reduce, fc_select, *(vector for norm in (*norms, attn_norm) for vector in norm[:2]))
+    if backend.why_not_convolve(x.shape, dtype, [w.shape for w in weights], stride, dilations, groups, x.is_cuda, graph):
         return None
     x, weights = _cast(x, dtype), [_cast(weight, dtype) for weight in weights]
     shape = branch_shape(x, weights, stride)
@@ -284,9 +286,14 @@ def attend(
     return a.to(s.dtype)
 
 
+def _builds_graph(*leaves: object) -> bool:
+    """Whether autograd is to have a graph of what is made of these, among which there may be others than tensors."""
+    return torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+
+
 def _apply(function: type[torch.autograd.Function], backend: ModuleType, *args):
     """function.apply; its forward alone where no graph is built, or where the graph is PyTorch's own."""
-    if torch.is_grad_enabled() and not backends.only_pytorch():
+    if _builds_graph(*args) and not backends.only_pytorch():
         return function.apply(backend, *args)
     return function.forward(None, backend, *args)
 
@@ -479,15 +486,19 @@ def _check(branches: Sequence[Tensor], norms: Sequence[BatchNorm], fc_reduce: Te
             )
         if y.dtype != first.dtype:
             raise TypeError(f"branches: expected one dtype, got {first.dtype} and {y.dtype}")
+    _check_norms(norms, len(branches))
     _check_unit(first, first.shape, len(branches), norms, fc_reduce, fc_select, activation)
 
 
-def _check_unit(like: Tensor, shape: Sequence[int], M: int, norms: Sequence[BatchNorm], fc_reduce: Tensor, fc_select: Tensor, activation: str) -> None:
-    """Of M branches of this shape, on the device of `like`."""
+def _check_norms(norms: Sequence[BatchNorm], M: int) -> None:
     if isinstance(norms, BatchNorm):
         raise TypeError(f"norms: expected a list with a BatchNorm for each of the {M} branches, got one BatchNorm alone")
     if len(norms) != M:
         raise ValueError(f"norms: expected one for each of the {M} branches, got {len(norms)}")
+
+
+def _check_unit(like: Tensor, shape: Sequence[int], M: int, norms: Sequence[BatchNorm], fc_reduce: Tensor, fc_select: Tensor, activation: str) -> None:
+    """Of M branches of this shape, on the device of `like`."""
     # Of a batch over several processes, this one's part may be empty.
     if 0 in shape and norms[0].group is None:
         raise ValueError(f"branches: expected at least one value, got shape {tuple(shape)}")

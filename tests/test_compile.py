@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import sk_fused
 from sk_fused.backends import native
@@ -64,6 +64,24 @@ def test_inference(name: str):
     (x,) = batches(1, (3, UNITS[name]["in_channels"], 9, 7))
     with torch.no_grad():
         assert_within("output", ours(x), theirs.eval()(x), theirs.double()(x.double()))
+
+
+@pytest.mark.parametrize("trained", [None, "attn.fc_select.weight", "paths.1.bn.bias"])
+def test_a_unit_without_a_backward_is_one_operator(trained: str | None):
+    """With gradients enabled: whether there is one depends on what is trained."""
+    ours, _ = pair(**UNITS["groups"])
+    ours.eval().requires_grad_(False)
+    if trained:
+        ours.get_parameter(trained).requires_grad_()
+    x, called = torch.randn(3, 16, 9, 7), []
+
+    def look(graph: fx.GraphModule, _) -> fx.GraphModule:
+        called.extend(node.target for node in graph.graph.nodes)
+        return graph
+
+    v = torch.compile(ours, fullgraph=True, backend=look)(x)
+    assert (native.unit in called) == (trained is None) == (not v.requires_grad)
+    torch.testing.assert_close(v, ours(x))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

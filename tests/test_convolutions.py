@@ -428,6 +428,6 @@ def test_a_backend_that_does_not_take_them_says_why():
         ([(32, 32, 3, 3)] * 9, 1, [1] * 9, "9"),
         ([(48, 16, 3, 3)] * 2, 2, [1, 1], "stride 2"),
     ):
-        assert says in native.why_not_convolve(x.shape, x.dtype, [torch.Size(shape) for shape in shapes], stride, dilations, 1, False)
-    assert "float64" in native.why_not_convolve(x.shape, torch.float64, [torch.Size((32, 16, 3, 3))] * 2, 1, [1, 1], 1, False)
+        assert says in native.why_not_convolve(x.shape, x.dtype, [torch.Size(shape) for shape in shapes], stride, dilations, 1, False, False)
+    assert "float64" in native.why_not_convolve(x.shape, torch.float64, [torch.Size((32, 16, 3, 3))] * 2, 1, [1, 1], 1, False, False)
 

@@ -1,5 +1,6 @@
 """The CUDA kernels without a GPU: their text, compiled for the host, runs the tests of the operators; and the extension has them."""
 
+import functools
 import os
 import re
 import shutil
@@ -192,20 +193,19 @@ def test_why_not_on_cuda(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_why_not_convolve_on_cuda():
-    def why_not(inputs: int, outputs: int, groups: int = 1, dtype: torch.dtype = torch.bfloat16, stride: int = 1, pixels=(2, 8, 8)) -> str | None:
+    def why_not(inputs: int, outputs: int, groups: int = 1, dtype: torch.dtype = torch.bfloat16, stride: int = 1, pixels=(2, 8, 8), graph: bool = False) -> str | None:
         weights, (B, H, W) = [torch.Size((groups * outputs, inputs, 3, 3))] * 2, pixels
-        return native.why_not_convolve(torch.Size((B, groups * inputs, H, W)), dtype, weights, stride, [1, 2], groups, True)
+        return native.why_not_convolve(torch.Size((B, groups * inputs, H, W)), dtype, weights, stride, [1, 2], groups, True, graph)
 
-    assert_taken_and_refused(why_not)
-    with torch.no_grad():
-        for inputs, groups in ((64, 1), (8, 32)):
-            assert why_not(inputs, inputs, groups) is None
-        for inputs, groups, stride in ((80, 1, 1), (16, 2, 1), (16, 1, 2)):
-            assert "unless that is forced" in why_not(inputs, inputs, groups, stride=stride)
-            with backends.use_backend("native"):
-                assert why_not(inputs, inputs, groups, stride=stride) is None
-        for pixels in ((2, 2**15, 2**15), (1, 1, 2**17)):
-            assert "pixels" in why_not(64, 64, pixels=pixels)
+    assert_taken_and_refused(functools.partial(why_not, graph=True))
+    for inputs, groups in ((64, 1), (8, 32)):
+        assert why_not(inputs, inputs, groups) is None
+    for inputs, groups, stride in ((80, 1, 1), (16, 2, 1), (16, 1, 2)):
+        assert "unless that is forced" in why_not(inputs, inputs, groups, stride=stride)
+        with backends.use_backend("native"):
+            assert why_not(inputs, inputs, groups, stride=stride) is None
+    for pixels in ((2, 2**15, 2**15), (1, 1, 2**17)):
+        assert "pixels" in why_not(64, 64, pixels=pixels)
 
 
 def assert_taken_and_refused(why_not: Callable[..., str | None]) -> None:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import sk_fused
-from sk_fused.backends import native
+from sk_fused.backends import native, reference
 
 from .parity import LAYOUTS, assert_parity, assert_within, batches, pair, step
 
@@ -246,6 +246,19 @@ def test_nothing_is_kept_of_a_unit_whose_parameters_are_frozen():
     ours, _ = pair(**UNITS["split"])
     v = ours.requires_grad_(False)(torch.randn(3, 16, 5, 5))
     assert not v.requires_grad and v.grad_fn is None
+
+
+def test_a_frozen_unit_in_eval_is_one_operator(monkeypatch: pytest.MonkeyPatch):
+    """With gradients enabled, but none to compute: in Python as in C++."""
+    ours, _ = (unit.eval().requires_grad_(False) for unit in pair(**UNITS["groups"]))
+    x, one, calls = torch.randn(3, 16, 5, 5), reference.unit, []
+    monkeypatch.setattr(reference, "unit", lambda *arguments: calls.append(1) or one(*arguments))
+    with sk_fused.use_backend("reference"):
+        v = ours(x)
+        with torch.no_grad():
+            assert torch.equal(v, ours(x)) and len(calls) == 2
+        assert ours(x.requires_grad_()).requires_grad and len(calls) == 2
+    torch.testing.assert_close(ours(x.detach()), v)
 
 
 @pytest.mark.filterwarnings("ignore:sk_fused")

@@ -58,12 +58,12 @@ def test_what_is_not_taken_is_said():
         ({"shape": torch.Size((1, 64, 4096, 4096))}, "4096, 4096"),
     ):
         arguments = {"shape": shape, "dtype": torch.bfloat16, "weights": weights, "stride": 1, "dilations": [1, 2], "groups": 1, **change}
-        assert says in triton.why_not_convolve(**arguments, on_cuda=True)
+        assert says in triton.why_not_convolve(**arguments, on_cuda=True, graph=False)
     for inputs, C, groups, _, stride, dilations, kernels in CASES.values():
         for share in (inputs // groups, inputs // groups // len(kernels)):
             taken = [torch.Size((C, share, k, k)) for k in kernels]
             x = torch.Size((2, share * groups * (1 if share == inputs // groups else len(kernels)), 14, 14))
-            assert triton.why_not_convolve(x, torch.float32, taken, stride, dilations, groups, True) is None
+            assert triton.why_not_convolve(x, torch.float32, taken, stride, dilations, groups, True, False) is None
 
 
 def test_case_of_a_call_tells_what_changes_the_times(monkeypatch: pytest.MonkeyPatch):

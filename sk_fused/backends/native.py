@@ -35,7 +35,7 @@ def why_not(branches: Sequence[Tensor]) -> str | None:
 
 
 def why_not_convolve(
-    shape: torch.Size, dtype: torch.dtype, weights: Sequence[torch.Size], stride: int, dilations: Sequence[int], groups: int, on_cuda: bool
+    shape: torch.Size, dtype: torch.dtype, weights: Sequence[torch.Size], stride: int, dilations: Sequence[int], groups: int, on_cuda: bool, graph: bool
 ) -> str | None:
     """The reason why convolutions of an x of this shape and dtype, on a CUDA device or a CPU, are left to PyTorch, or None."""
     inputs, outputs, M = weights[0][1], weights[0][0] // groups, len(weights)
@@ -44,7 +44,7 @@ def why_not_convolve(
     if M > 8 or not all(1 <= d <= 3 for d in dilations):
         return f"the native convolutions have at most 8 branches and dilations from 1 to 3, got {M} and {list(dilations)}"
     if on_cuda:
-        return native_on_cuda.why_not_convolve(shape, dtype, inputs, outputs, groups, stride)
+        return native_on_cuda.why_not_convolve(shape, dtype, inputs, outputs, groups, stride, graph)
     if inputs == outputs and inputs in (4, 8, 16, 32) and shape[1] == groups * inputs and stride in (1, 2) and dtype != torch.float64:
         return None
     # In half precision the library's dense convolutions use instructions for it, and are faster.

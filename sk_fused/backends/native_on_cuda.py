@@ -45,7 +45,7 @@ def _faster_inputs(groups: int, stride: int) -> int:
 _MOST_PIXELS, _MOST_COLUMNS = 2**31 - 2**24, 2**17 - 1
 
 
-def why_not_convolve(shape: torch.Size, dtype: torch.dtype, inputs: int, outputs: int, groups: int, stride: int) -> str | None:
+def why_not_convolve(shape: torch.Size, dtype: torch.dtype, inputs: int, outputs: int, groups: int, stride: int, graph: bool) -> str | None:
     """The reason why 3 × 3 convolutions of an x of this shape, with so many channels of a group, in and out, are left to PyTorch, or
     None. Those that are taken are the eval unit's own, where it is faster or its backend is forced; where a graph is built, they
     are the library's in any case, of one copy of x for all branches."""
@@ -61,6 +61,6 @@ def why_not_convolve(shape: torch.Size, dtype: torch.dtype, inputs: int, outputs
     if not torch.compiler.is_compiling() and (B * H * W > _MOST_PIXELS or W > _MOST_COLUMNS):
         return f"the native convolutions on CUDA are for at most {_MOST_PIXELS} pixels, {_MOST_COLUMNS} in a row, got shape {tuple(shape)}"
     most = _faster_inputs(groups, stride)
-    if inputs > most and not torch.is_grad_enabled() and backends._forced != "native":
+    if inputs > most and not graph and backends._forced != "native":
         return f"of {inputs} inputs a group, more than {most} with stride {stride}, the library's convolutions are faster than the native eval unit, unless that is forced"
     return None

@@ -76,9 +76,9 @@ def _normalized(ys: Sequence[Tensor], mean: Tensor, scale: Tensor, bias: Tensor)
 
 
 def why_not_convolve(
-    shape: torch.Size, dtype: torch.dtype, weights: Sequence[torch.Size], stride: int, dilations: Sequence[int], groups: int, on_cuda: bool
+    shape: torch.Size, dtype: torch.dtype, weights: Sequence[torch.Size], stride: int, dilations: Sequence[int], groups: int, on_cuda: bool, graph: bool
 ) -> str | None:
-    """The reason why `branch`, `branch_backward` and `unit` do not take these convolutions, or None."""
+    """The reason why `branch`, `branch_backward` and `unit` do not take these convolutions, of which a graph is built or not, or None."""
     return None
 
 

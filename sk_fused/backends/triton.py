@@ -97,7 +97,7 @@ def _why_not_import() -> str | None:
 
 
 def why_not_convolve(
-    shape: torch.Size, dtype: torch.dtype, weights: Sequence[torch.Size], stride: int, dilations: Sequence[int], groups: int, on_cuda: bool
+    shape: torch.Size, dtype: torch.dtype, weights: Sequence[torch.Size], stride: int, dilations: Sequence[int], groups: int, on_cuda: bool, graph: bool
 ) -> str | None:
     """The reason why convolutions of an x of this shape and dtype are left to PyTorch, or None. `branch` and `unit` may well
     take the library's themselves: see sk_fused/kernels/choice.py."""
