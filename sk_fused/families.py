@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional
-from .backends import use_backend, warn_once
+from .backends import reference_in_this_thread, warn_once
 from .modules import _activation, _batch_norm, _check_like_weights, _count_batch, _hooked, _identity, leaf
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -85,7 +85,7 @@ def why_not_known(module: nn.Module, family: type[Family]) -> str | None:
     reason = family.structure(module) or _why_called(module)
     if reason or any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         return reason
-    with torch.no_grad(), use_backend("reference"):
+    with torch.no_grad(), reference_in_this_thread():
         try:
             twin = copy.deepcopy(module).to("cpu", torch.float64).eval()
             x = family.example(twin)

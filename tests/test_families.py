@@ -7,6 +7,7 @@ import pickle
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import prune
 
 import sk_fused
-from sk_fused import FusedSelectiveKernelAttn, functional, reference
+from sk_fused import FusedSelectiveKernelAttn, backends, functional, reference
 from sk_fused.backends import use_backend
 from sk_fused.backends.reference import layout_of
 from sk_fused.families import FAMILIES, Family
@@ -229,6 +230,23 @@ def test_fuse_calls_no_hook_and_goes_on(listen: Callable):
     assert not calls and not first.fused and type(net[0]) is SKFF and "hooks" in first.reason
     handle.remove()
     assert [unit.fused for unit in sk_fused.fuse(net).units] == [True, True]
+
+
+@pytest.mark.parametrize("forced", [None, "native", "triton"])
+def test_fuse_leaves_the_backend_of_other_threads(forced: str | None, monkeypatch: pytest.MonkeyPatch):
+    """What is forced is, for them, while the copy is run by the reference; and so it is afterwards."""
+    chosen, fused = [], FAMILIES[MIRNET]._fused
+
+    def look(self: Family, us: list[Tensor]) -> Tensor:
+        with ThreadPoolExecutor(1) as another:
+            chosen.append((backends.choose(us), another.submit(lambda: backends._forced or backends.choose(us).__name__).result()))
+        return fused(self, us)
+
+    monkeypatch.setattr(FAMILIES[MIRNET], "_fused", look)
+    with use_backend(forced):
+        assert sk_fused.fuse(SKFF(8)).units[0].fused
+        assert backends._forced == forced
+    assert chosen == [(backends.reference, forced or backends.native.__name__)]
 
 
 def test_fuse_draws_no_random_number_and_changes_no_mode():

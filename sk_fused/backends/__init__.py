@@ -1,8 +1,10 @@
 """A backend is a module with the functions of `reference`, `why_not(branches)`, the reason why it cannot take these
 branches, or None, and `why_not_convolve(...)`, the same for the convolutions that make them."""
 
+import contextlib
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -17,6 +19,13 @@ BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton, "referenc
 
 _forced: str | None = None
 _said: set[str] = set()
+
+
+class _Thread(threading.local):
+    takes_reference = False
+
+
+_thread = _Thread()
 
 
 class use_backend:
@@ -44,6 +53,21 @@ class use_backend:
         _forced = self._before
 
 
+@contextlib.contextmanager
+def reference_in_this_thread() -> Iterator[None]:
+    """Whatever is forced for all."""
+    _thread.takes_reference = True
+    try:
+        yield
+    finally:
+        _thread.takes_reference = False
+
+
+@constant
+def _takes_reference() -> bool:
+    return _thread.takes_reference
+
+
 def only_pytorch() -> str | None:
     """The reason why this call has to be made of PyTorch's own operators, whatever the backend, or None."""
     if torch.compiler.is_compiling():
@@ -68,6 +92,8 @@ def choose(branches: Sequence[Tensor]) -> ModuleType:
     Raises:
         RuntimeError: the forced one cannot.
     """
+    if _takes_reference():
+        return reference
     plain = only_pytorch()
     if _forced is not None:
         reason = (_forced != "reference" and plain) or BACKENDS[_forced].why_not(branches)
