@@ -1,7 +1,8 @@
 """The differentiable Selective Kernel unit, forward and backward: from the branches, or from the input of their convolutions.
 
 Of branch-sized data the forward reads every branch once for each of: its batch statistics (in training), the squeeze,
-the select. The backward reads them twice: one reducing pass, one writing pass. The branches y_m are all it keeps.
+the select. The backward reads them twice: one reducing pass, one writing pass. The branches y_m are all it keeps. Why that
+is enough: docs/maths.md.
 """
 
 from __future__ import annotations
