@@ -13,7 +13,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import backends, synchronize
 from .backends import native, reference
@@ -29,7 +31,7 @@ ATTN_ACTIVATIONS = ("relu", "leaky_relu", "identity")
 
 
 class BatchNorm(NamedTuple):
-    """One batch-norm: what `torch.nn.functional.batch_norm` takes, with its meaning.
+    """One batch-norm: what `torch.nn.functional.batch_norm` takes, with its meaning. `BatchNorm.of` makes it of a layer.
 
     Vectors are (C,), C the channels of a branch (or D, those of the attention). `weight` and `bias` may be None (1 and
     0). With `training` the batch's statistics are used, and the running ones, if there are any, move towards them by
@@ -45,6 +47,39 @@ class BatchNorm(NamedTuple):
     momentum: float | Tensor = 0.1
     eps: float = 1e-5
     group: ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module) -> BatchNorm:
+        """What the next forward of a batch-norm layer does, by the layer's own rules; to be asked at every forward.
+
+        Weight, bias and running statistics, (C,) or None, are the layer's own tensors: gradients reach the first two, and the others
+        are moved. Its mode, `eps` and `momentum` are read as they stand; `momentum=None` is the mean over all batches, which
+        `count_batches` counts. In training without `track_running_stats` nothing is moved; in eval without running statistics the
+        batch's are used. `group` is that of a SyncBatchNorm in training, None for one process alone. The layer is not called: its
+        hooks do not run, and what a subclass does beside the norm (timm's BatchNormAct2d: an activation) is left to the caller.
+
+        Args:
+            module: a BatchNorm1d, 2d or 3d, a SyncBatchNorm, or a subclass; or a frozen one, as timm and torchvision have them: a class
+                called Frozen…, with `weight`, `bias`, `running_mean`, `running_var` and `eps`.
+
+        Raises:
+            TypeError: `module` is something else.
+        """
+        if type(module).__name__.startswith("Frozen"):
+            return cls(module.weight, module.bias, module.running_mean, module.running_var, training=False, eps=module.eps)
+        if not isinstance(module, _BatchNorm):
+            raise TypeError(f"module: expected BatchNorm1d, 2d or 3d, SyncBatchNorm or a frozen one, got {type(module).__name__}")
+        buffers, training = module._buffers, module.training
+        mean, var = buffers["running_mean"], buffers["running_var"]
+        momentum = module.momentum
+        if momentum is None:
+            # A tensor, so that torch.compile need not know its value.
+            momentum = 1.0 / (module.num_batches_tracked + 1).double() if _counts(module) else 0.0
+        uses_batch = training or mean is None
+        if training and not module.track_running_stats:
+            mean = var = None
+        group = _group(module) if training and isinstance(module, nn.SyncBatchNorm) else None
+        return cls(parameter(module, "weight"), parameter(module, "bias"), mean, var, uses_batch, momentum, module.eps, group)
 
     def check(self, name: str, shape: Sequence[int], device: torch.device) -> None:
         """Raises a ValueError if the vectors do not fit a batch of this shape; F.batch_norm's if it has no variance."""
@@ -65,6 +100,39 @@ def without_norm(channels: int, like: Tensor, bias: Tensor | None = None) -> Bat
     that the sums of `like` have, and on its device."""
     mean = like.new_zeros(channels, dtype=accumulate_dtype(like.dtype))
     return BatchNorm(None, bias, mean, torch.ones_like(mean), training=False, eps=0.0)
+
+
+def count_batches(*modules: nn.Module) -> None:
+    """Adds one to `num_batches_tracked` of the layers that count, as their own forward would: those in training that track running
+    statistics. To be called after the unit that was given `BatchNorm.of` them: a batch that it refuses is not counted. Where activation
+    checkpointing runs a forward again, nothing is."""
+    counts = [module._buffers["num_batches_tracked"] for module in modules if _counts(module)]
+    if counts and not recomputes():
+        if backends.only_pytorch():
+            # As _move_running_statistics.
+            for count in counts:
+                count.add_(1)
+        else:
+            torch._foreach_add_(counts, 1)
+
+
+def _counts(module: nn.Module) -> bool:
+    """Whether a batch-norm layer counts the batches of its next forward."""
+    return module.training and getattr(module, "track_running_stats", False) and module._buffers.get("num_batches_tracked") is not None
+
+
+def _group(norm: nn.SyncBatchNorm) -> ProcessGroup | None:
+    """The processes that share its statistics, if there is more than this one."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """module.name, quickly; what is pruned, sharded, or a replica's of nn.DataParallel is no Parameter."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def recomputes() -> bool:

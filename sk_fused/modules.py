@@ -8,12 +8,16 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional
 from .backends import only_pytorch, warn_once
+from .functional import BatchNorm, count_batches, parameter
+
+
+# What `families` calls them.
+_batch_norm, _count_batch = BatchNorm.of, count_batches
 
 
 def _timm_twin(module: nn.Module) -> nn.Module:
@@ -148,7 +152,7 @@ class FusedSelectiveKernel(nn.Module):
 
     def why_not(self) -> str | None:
         """The reason why this unit, as it stands, is not fused wholly, or None."""
-        return self._why_not_attn() or self._why_not_layers() or functional.why_not_together([_batch_norm(path.bn) for path in self.paths])
+        return self._why_not_attn() or self._why_not_layers() or functional.why_not_together([BatchNorm.of(path.bn) for path in self.paths])
 
     def _why_not_attn(self) -> str | None:
         attn = self._modules["attn"]
@@ -186,32 +190,32 @@ class FusedSelectiveKernel(nn.Module):
         self._check(x)
         attn, paths = self._modules["attn"], self._branches()
         reason = self._why_not_attn()
-        attn_norm = None if reason else _batch_norm(attn._modules["bn"])
+        attn_norm = None if reason else BatchNorm.of(attn._modules["bn"])
         # An empty batch has no statistics, unless others have some; PyTorch's own semantics for it are timm's.
         if reason or x.shape[0] == 0 and attn_norm.group is None:
             if reason:
                 warn_once(f"sk_fused runs {_called(self)} unfused: {reason}")
             u = torch.stack([_branch(path, x_m) for path, x_m in zip(paths, self._inputs(x))], 1)
             return (u * attn(u)).sum(1).to(u.dtype)
-        fc_reduce, fc_select = _parameter(attn._modules["fc_reduce"], "weight"), _parameter(attn._modules["fc_select"], "weight")
+        fc_reduce, fc_select = parameter(attn._modules["fc_reduce"], "weight"), parameter(attn._modules["fc_select"], "weight")
         reason = self._why_not_layers()
         bns = [] if reason else [path._modules["bn"] for path in paths]
-        norms = [_batch_norm(bn) for bn in bns]
+        norms = [BatchNorm.of(bn) for bn in bns]
         reason = reason or functional.why_not_together(norms)
         if reason:
             warn_once(f"sk_fused fuses only the attention of {_called(self)}: {reason}")
             us = [_branch(path, x_m) for path, x_m in zip(paths, self._inputs(x))]
             v = functional.selective_kernel(us, _identity(us), fc_reduce, attn_norm, fc_select, "identity")
-            _count_batch(attn._modules["bn"])
+            count_batches(attn._modules["bn"])
             return v
         activation = _activation(bns[0]._modules.get("act"))
         convs = [path._modules["conv"] for path in paths]
         if self._are_plain(convs):
-            weights = [_parameter(conv, "weight") for conv in convs]
+            weights = [parameter(conv, "weight") for conv in convs]
             convolution = convs[0].stride[0], [conv.dilation[0] for conv in convs], convs[0].groups
             v = functional.convolved(x, weights, *convolution, norms, fc_reduce, attn_norm, fc_select, *activation)
             if v is not None:
-                _count_batch(attn._modules["bn"], *bns)
+                count_batches(attn._modules["bn"], *bns)
                 return v
 
         def unit(xs: Sequence[Tensor]) -> Tensor:
@@ -222,7 +226,7 @@ class FusedSelectiveKernel(nn.Module):
         # Asked first: a batch of any size, compiled or exported, must not be compared with a number.
         images = self._images_in_cache(x) if self._images_are_independent(convs, [attn_norm, *norms]) else None
         v = unit(xs) if images is None or images >= x.shape[0] else self._few_at_once(unit, x, xs, images)
-        _count_batch(attn._modules["bn"], *bns)
+        count_batches(attn._modules["bn"], *bns)
         return v
 
     def _branches(self) -> list[nn.Module]:
@@ -239,7 +243,7 @@ class FusedSelectiveKernel(nn.Module):
             return False
         first = convs[0]
         for conv in convs:
-            if type(conv) is not nn.Conv2d or _parameter(conv, "bias") is not None or conv.padding_mode != "zeros":
+            if type(conv) is not nn.Conv2d or parameter(conv, "bias") is not None or conv.padding_mode != "zeros":
                 return False
             (size, width), (dilation, across), (stride, sideways) = conv.kernel_size, conv.dilation, conv.stride
             if size != width or dilation != across or stride != sideways or conv.padding != (dilation * (size // 2),) * 2:
@@ -248,7 +252,7 @@ class FusedSelectiveKernel(nn.Module):
                 return False
         return True
 
-    def _images_are_independent(self, convs: Sequence[nn.Module], norms: Sequence[functional.BatchNorm]) -> bool:
+    def _images_are_independent(self, convs: Sequence[nn.Module], norms: Sequence[BatchNorm]) -> bool:
         """Whether nothing looks at the batch as a whole: no batch statistics, no graph to build, no hook that counts calls."""
         return (
             not torch.is_grad_enabled()
@@ -285,7 +289,7 @@ class FusedSelectiveKernel(nn.Module):
             # A branch's batch-norm must not count a batch that the attention's will refuse.
             bn = self._modules["attn"]._modules.get("bn")
             if isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) and not _hooked(bn):
-                _batch_norm(bn).check("attn.bn", (1, bn.num_features, 1, 1), x.device)
+                BatchNorm.of(bn).check("attn.bn", (1, bn.num_features, 1, 1), x.device)
 
 
 class FusedSelectiveKernelAttn(nn.Module):
@@ -341,7 +345,7 @@ class FusedSelectiveKernelAttn(nn.Module):
             return f"attn.act is a {type(act).__name__}"
         for name in ("fc_reduce", "fc_select"):
             conv = layers[name]
-            if type(conv) is not nn.Conv2d or conv.kernel_size != (1, 1) or _parameter(conv, "bias") is not None or conv.groups != 1:
+            if type(conv) is not nn.Conv2d or conv.kernel_size != (1, 1) or parameter(conv, "bias") is not None or conv.groups != 1:
                 return f"attn.{name} is not a 1 × 1 convolution without bias and groups: {conv}"
         if _hooked(layers["fc_reduce"], bn, act, layers["fc_select"]):
             return "the layers of attn have hooks"
@@ -367,8 +371,8 @@ class FusedSelectiveKernelAttn(nn.Module):
                 warn_once(f"sk_fused runs {_called(self)} unfused: {reason}")
             logits = self.fc_select(self.act(self.bn(self.fc_reduce(s[..., None, None]))))
             return logits.unflatten(1, (self.num_paths, -1)).softmax(1)
-        a = functional.attend(s, self.fc_reduce.weight, _batch_norm(self.bn), self.fc_select.weight)
-        _count_batch(self.bn)
+        a = functional.attend(s, self.fc_reduce.weight, BatchNorm.of(self.bn), self.fc_select.weight)
+        count_batches(self.bn)
         return a[..., None, None]
 
     @staticmethod
@@ -483,12 +487,6 @@ def _check_like_weights(x: Tensor, layer: nn.Module) -> None:
         raise TypeError(f"x: expected {weight.dtype}, the dtype of the weights, got {x.dtype}")
 
 
-def _parameter(module: nn.Module, name: str) -> Tensor | None:
-    """module.name, quickly; what is pruned, sharded, or a replica's of nn.DataParallel is no Parameter."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name)
-
-
 def _activation(act: nn.Module | None) -> tuple[str, float]:
     """Its name in `functional` and its negative slope."""
     return _ACTIVATIONS[type(act)], act.negative_slope if type(act) is nn.LeakyReLU else 0.0
@@ -504,48 +502,7 @@ def _branch(path: nn.Module, x: Tensor) -> Tensor:
     return u if path.aa is None else path.aa(u)
 
 
-def _batch_norm(bn: nn.Module) -> functional.BatchNorm:
-    """What the next forward of `bn` does, by the rules of nn.BatchNorm2d and nn.SyncBatchNorm; or of a frozen one, whose parameters
-    are buffers (`timm.utils.freeze`)."""
-    if type(bn).__name__.startswith("Frozen"):
-        return functional.BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, training=False, eps=bn.eps)
-    buffers, training = bn._buffers, bn.training
-    mean, var = buffers["running_mean"], buffers["running_var"]
-    counts = training and bn.track_running_stats and buffers["num_batches_tracked"] is not None
-    momentum = bn.momentum
-    if momentum is None:
-        # A tensor, so that torch.compile need not know its value.
-        momentum = 1.0 / (bn.num_batches_tracked + 1).double() if counts else 0.0
-    uses_batch = training or mean is None
-    if training and not bn.track_running_stats:
-        mean = var = None
-    group = _group(bn) if training and isinstance(bn, nn.SyncBatchNorm) else None
-    return functional.BatchNorm(_parameter(bn, "weight"), _parameter(bn, "bias"), mean, var, uses_batch, momentum, bn.eps, group)
-
-
-def _group(bn: nn.SyncBatchNorm) -> dist.ProcessGroup | None:
-    """The processes that share its statistics, if there is more than this one."""
-    if not dist.is_available() or not dist.is_initialized():
-        return None
-    group = bn.process_group or dist.group.WORLD
-    return group if dist.get_world_size(group) > 1 else None
-
-
-def _count_batch(*norms: nn.Module) -> None:
-    counts = []
-    for bn in norms:
-        if bn.training and getattr(bn, "track_running_stats", False) and bn._buffers.get("num_batches_tracked") is not None:
-            counts.append(bn._buffers["num_batches_tracked"])
-    if counts and not functional.recomputes():
-        if only_pytorch():
-            # As functional._move_running_statistics.
-            for count in counts:
-                count.add_(1)
-        else:
-            torch._foreach_add_(counts, 1)
-
-
-def _identity(us: Sequence[Tensor]) -> list[functional.BatchNorm]:
+def _identity(us: Sequence[Tensor]) -> list[BatchNorm]:
     """Batch-norms that change nothing."""
     return [functional.without_norm(us[0].shape[1], us[0])] * len(us)
 

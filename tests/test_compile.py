@@ -161,7 +161,7 @@ def test_operators_get_the_strides_they_were_traced_with():
     """Branches that the compiler makes itself, in channels_last, after an elementwise operation that it could restride."""
     ours, _ = pair(in_channels=8)
     bns = [*(path.bn for path in ours.paths), ours.attn.bn]
-    norms = [sk_fused.modules._batch_norm(bn.eval()) for bn in bns]
+    norms = [sk_fused.functional.BatchNorm.of(bn.eval()) for bn in bns]
 
     def unit(x: Tensor) -> Tensor:
         branches = [(x * factor).contiguous(memory_format=torch.channels_last) for factor in (1, 2)]

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 from timm.layers import SelectiveKernel
 from timm.layers.selective_kernel import SelectiveKernelAttn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import sk_fused
 from sk_fused import FusedSelectiveKernel, FusedSelectiveKernelAttn
-from sk_fused.functional import BatchNorm, attend, selective_kernel
+from sk_fused.functional import BatchNorm, attend, count_batches, selective_kernel
 
 from .parity import assert_all_within, assert_parity, pair
 
@@ -378,6 +379,40 @@ def test_bad_operand_of_the_function_is_named_and_changes_nothing(case: str, bac
         selective_kernel(**{**arguments, **{name: change(arguments.get(name)) for name, change in changes.items()}})
     for norm, old in zip(norms, before):
         assert all(torch.equal(a, b) for a, b in zip(norm[:4], old))
+
+
+NORMS = {
+    "plain": nn.BatchNorm2d(4),
+    "eps, momentum": nn.BatchNorm2d(4, eps=0.1, momentum=0.4),
+    "momentum None": nn.BatchNorm2d(4, momentum=None),
+    "not affine": nn.BatchNorm2d(4, affine=False),
+    "no statistics": nn.BatchNorm2d(4, track_running_stats=False),
+    "statistics that do not move": nn.BatchNorm2d(4),
+    "3d": nn.BatchNorm3d(4),
+    "frozen": timm.layers.FrozenBatchNormAct2d(4, apply_act=False),
+}
+NORMS["statistics that do not move"].track_running_stats = False
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", NORMS)
+def test_batch_norm_of_a_layer(name: str, mode: bool):
+    """What the layer itself gives and becomes, batch by batch."""
+    ours, theirs = (copy.deepcopy(NORMS[name]).train(mode) for _ in range(2))
+    shape = (3, 4, 5, 2, 2)[: 5 if name == "3d" else 4]
+    for _ in range(3):
+        x = torch.randn(shape)
+        y = sk_fused.reference.normalize(x, BatchNorm.of(ours))
+        count_batches(ours)
+        torch.testing.assert_close(y, theirs(x))
+        for key, value in theirs.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("module", [nn.InstanceNorm2d(4, affine=True, track_running_stats=True), nn.GroupNorm(2, 4), nn.Identity()])
+def test_batch_norm_of_another_layer(module: nn.Module):
+    with pytest.raises(TypeError, match=f"module: expected BatchNorm1d, .*, got {type(module).__name__}"):
+        BatchNorm.of(module)
 
 
 def test_bad_operands_of_attend():

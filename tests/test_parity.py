@@ -240,7 +240,7 @@ def test_gradients_of_gradients(backend: str):
     for mode in ("train", "eval"):
         ours, _ = in_mode(mode, *pair(torch.float64, in_channels=4, out_channels=3, rd_channels=2, act_layer=nn.SiLU))
         names, parameters = zip(*ours.named_parameters())
-        attn, norm = ours.attn, sk_fused.modules._batch_norm(ours.attn.bn)
+        attn, norm = ours.attn, sk_fused.functional.BatchNorm.of(ours.attn.bn)
 
         def unit(x: Tensor, *values: Tensor) -> Tensor:
             return torch.func.functional_call(ours, dict(zip(names, values)), (x,))
@@ -351,9 +351,9 @@ def test_plain_reference(mode: str, act_layer: type[nn.Module] | None, dtype: to
 
         def forward(self, x: Tensor) -> Tensor:
             ys = [path.conv(x_m) for path, x_m in zip(self.paths, x.chunk(2, 1))]
-            norms = [sk_fused.modules._batch_norm(bn) for bn in (*(path.bn for path in self.paths), self.attn.bn)]
+            norms = [sk_fused.functional.BatchNorm.of(bn) for bn in (*(path.bn for path in self.paths), self.attn.bn)]
             v = self.function(ys, norms[:2], self.attn.fc_reduce.weight, norms[2], self.attn.fc_select.weight, activation, slope)
-            sk_fused.modules._count_batch(self.attn.bn, *(path.bn for path in self.paths))
+            sk_fused.functional.count_batches(self.attn.bn, *(path.bn for path in self.paths))
             return v
 
     for function in (sk_fused.reference.selective_kernel, sk_fused.functional.selective_kernel):

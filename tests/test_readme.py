@@ -6,26 +6,55 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import sk_fused
 from sk_fused import FusedSelectiveKernel
 
+from .parity import assert_parity, batches
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+FUSE, OWN = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """As it stands, but for the download of weights."""
     create_model = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: create_model(name))
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict = {}
-    exec(example, names)
+    exec(FUSE, names)
     assert any(isinstance(module, FusedSelectiveKernel) for module in names["model"].modules())
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 16 and all(line.split()[-1] == "fused" for line in lines)
     sk_fused.unfuse(names["model"])
     assert not any(isinstance(module, FusedSelectiveKernel) for module in names["model"].modules())
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "momentum None"])
+def test_the_unit_of_a_network_of_ones_own(mode: str):
+    """Against the same layers, called one by one."""
+    names: dict = {}
+    exec(OWN, names)
+
+    class Called(names["Unit"]):
+        def forward(self, x: Tensor) -> Tensor:
+            us = [F.silu(bn(conv(x))) for conv, bn in zip(self.convs, self.bns)]
+            h = F.relu(self.attn_bn(self.reduce(sum(us).mean((2, 3)))))
+            a = self.select(h).unflatten(1, (2, -1)).softmax(1)[..., None, None]
+            return a[:, 0] * us[0] + a[:, 1] * us[1]
+
+    ours = names["Unit"](8, 6)
+    theirs = Called(8, 6)
+    theirs.load_state_dict(ours.state_dict())
+    for unit in (ours, theirs):
+        for module in unit.modules():
+            if mode == "momentum None" and isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                module.momentum = None
+        unit.train(mode != "eval")
+    assert_parity(ours, theirs, batches(3, (4, 8, 6, 5)))
+    assert ours.attn_bn.num_batches_tracked == ours.bns[0].num_batches_tracked == (0 if mode == "eval" else 3)
 
 
 def test_files_and_commands_exist():
