@@ -343,6 +343,9 @@ def attend(
     """
     if s.dim() != 2:
         raise ValueError(f"s: expected shape (B, C), got {tuple(s.shape)}")
+    # Of a batch over several processes, this one's part may be empty.
+    if attn_norm.training and attn_norm.group is None and s.shape[0] == 0:
+        raise ValueError(f"s: expected at least one image in training, got shape {tuple(s.shape)}")
     _check_attention("s", s, s.shape[1], fc_reduce, fc_select)
     attn_norm.check("attn_norm", (s.shape[0], fc_reduce.shape[0], 1, 1), s.device)
     attn_act = attn_activation, float(attn_negative_slope)

@@ -416,11 +416,18 @@ def test_batch_norm_of_another_layer(module: nn.Module):
 
 
 def test_bad_operands_of_attend():
-    arguments = operands()
-    rest = arguments["fc_reduce"], arguments["attn_norm"], arguments["fc_select"]
-    for s, error, says in ((torch.randn(3), ValueError, r"s: expected shape \(B, C\), got \(3,\)"), (torch.ones(3, 4).long(), TypeError, "int64")):
+    fc_reduce, norm, fc_select = (operands()[name] for name in ("fc_reduce", "attn_norm", "fc_select"))
+    bad = {
+        torch.randn(3): (ValueError, r"s: expected shape \(B, C\), got \(3,\)"),
+        torch.ones(3, 4).long(): (TypeError, "int64"),
+        torch.ones(0, 4): (ValueError, r"s: expected at least one image in training, got shape \(0, 4\)"),
+    }
+    for s, (error, says) in bad.items():
         with pytest.raises(error, match=says):
-            attend(s, *rest)
+            attend(s, fc_reduce, norm, fc_select)
+    assert not norm.running_mean.any()
+    with sk_fused.use_backend("reference"):
+        assert attend(torch.ones(0, 4), fc_reduce, norm._replace(training=False), fc_select).shape == (0, 2, 4)
 
 
 def test_a_backend_is_forced_again():
