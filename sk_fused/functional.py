@@ -33,10 +33,10 @@ ATTN_ACTIVATIONS = ("relu", "leaky_relu", "identity")
 class BatchNorm(NamedTuple):
     """One batch-norm: what `torch.nn.functional.batch_norm` takes, with its meaning. `BatchNorm.of` makes it of a layer.
 
-    Vectors are (C,), C the channels of a branch (or D, those of the attention). `weight` and `bias` may be None (1 and
-    0). With `training` the batch's statistics are used, and the running ones, if there are any, move towards them by
-    `momentum`, a number or a tensor of one; without it the running ones are used. With a `group` of processes, the batch
-    is that of all of them together, as in `torch.nn.SyncBatchNorm`.
+    Vectors are (C,), C the channels of a branch (or D, those of the attention), of any floating-point dtype. `weight` and `bias`
+    may be None (1 and 0). With `training` the batch's statistics are used, and the running ones, if there are any, move towards
+    them in place by `momentum`, a number or a tensor of one; without it the running ones are used, and have to be there. With a
+    `group` of processes, the batch is that of all of them together, as in `torch.nn.SyncBatchNorm`.
     """
 
     weight: Tensor | None
@@ -96,8 +96,13 @@ class BatchNorm(NamedTuple):
 
 
 def without_norm(channels: int, like: Tensor, bias: Tensor | None = None) -> BatchNorm:
-    """A batch-norm of this many channels that changes nothing, but for adding a `bias`: for layers that have none. In the dtype
-    that the sums of `like` have, and on its device."""
+    """A batch-norm that changes nothing, but for adding a `bias`: for branches, or an attention, that have no norm.
+
+    Args:
+        channels: C of the branches, or D of the attention.
+        like: a branch: its device is taken, and the dtype that its sums have.
+        bias: (channels,), that of the layer before, where it was called without; or None.
+    """
     mean = like.new_zeros(channels, dtype=accumulate_dtype(like.dtype))
     return BatchNorm(None, bias, mean, torch.ones_like(mean), training=False, eps=0.0)
 
@@ -209,13 +214,15 @@ def selective_kernel(
     Args:
         branches: the M ≥ 1 branches y_m, (B, C, H, W), float32, float64, bfloat16 or float16. Contiguous and
             channels_last are used as they are; the others are brought to the layout of the first.
-        norms: the M branches' batch-norms, all with the same `training` and `eps`.
+        norms: the M branches' batch-norms, all with the same `training`, `eps` and `group`.
         fc_reduce: (D, C) or (D, C, 1, 1).
         attn_norm: the batch-norm over the D reduced channels.
         fc_select: (M·C, D) or (M·C, D, 1, 1).
         activation: act: "relu", "leaky_relu" (with `negative_slope`), "identity" or "silu".
         attn_activation: in the attention: "relu", "leaky_relu" (with `attn_negative_slope`) or "identity".
         select_bias: (M·C,), added to fc_select's product; or None.
+
+    Parameters may have another floating-point dtype than the branches.
 
     Returns:
         v, in the dtype and layout of the branches. The running statistics are updated once all has succeeded.
@@ -224,6 +231,7 @@ def selective_kernel(
         ValueError: an argument has a wrong shape, device or value; or, in training, one value per channel only, as
             PyTorch's batch-norm has it.
         TypeError: the branches are not of one floating-point dtype; or one tensor, or one BatchNorm, is given for a list of them.
+        RuntimeError: a backend is forced (`use_backend`) that cannot take the branches.
     """
     _check(branches, norms, fc_reduce, fc_select, activation)
     acts = (activation, float(negative_slope)), (attn_activation, float(attn_negative_slope))
@@ -249,7 +257,7 @@ def convolved(x, weights, stride, dilations, groups, norms, fc_reduce, attn_norm
         v, (B, C, ⌈H/stride⌉, ⌈W/stride⌉), in the layout of x; under autocast in its dtype.
 
     Raises:
-        ValueError, TypeError: as `selective_kernel`.
+        ValueError, TypeError, RuntimeError: as `selective_kernel`.
     """
     if x.dim() != 4:
         raise ValueError(f"x: expected shape (B, C', H, W), got {tuple(x.shape)}")
@@ -332,14 +340,16 @@ def attend(
 
     Args:
         s: the pooled descriptor, (B, C).
-        fc_reduce, attn_norm, fc_select, attn_activation, attn_negative_slope, select_bias: as for `selective_kernel`.
+        fc_reduce, attn_norm, fc_select, attn_activation, attn_negative_slope, select_bias: as for `selective_kernel`; M is how many
+            times C rows fc_select has.
 
     Returns:
-        a, (B, M, C), in the dtype of `s`.
+        a, (B, M, C), in the dtype of `s`. The running statistics are updated once all has succeeded.
 
     Raises:
-        ValueError: a wrong shape; or, in training, one value per channel only.
+        ValueError: an argument has a wrong shape, device or value; or, in training, fewer than two images, of all processes of a `group`.
         TypeError: `s` is not floating-point.
+        RuntimeError: a backend is forced (`use_backend`) that cannot take `s`.
     """
     if s.dim() != 2:
         raise ValueError(f"s: expected shape (B, C), got {tuple(s.shape)}")

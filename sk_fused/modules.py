@@ -58,8 +58,8 @@ class FusedSelectiveKernel(nn.Module):
     """The Selective Kernel unit (Li et al., Selective Kernel Networks, section 3.1), as timm has it, with the work after
     the branches' convolutions fused.
 
-    (B, in_channels, H, W) → (B, out_channels, H', W'), in the layout of the convolutions' output (channels_last stays
-    channels_last), and in the autocast dtype under autocast. The same seed gives the same initial weights as timm's
+    (B, in_channels, H, W) → (B, out_channels, H', W'), with a stride of 1 or 2 H' = ⌈H/stride⌉, in the layout of the convolutions'
+    output (channels_last stays channels_last), and in the autocast dtype under autocast. The same seed gives the same initial weights as timm's
     class, and the state_dict is the same. What cannot be fused (see `why_not`) runs as timm runs it, and a
     RuntimeWarning says so once.
 
@@ -67,9 +67,9 @@ class FusedSelectiveKernel(nn.Module):
         in_channels: channels of the input.
         out_channels: channels of every branch and of the output; None: `in_channels`.
         kernel_size: one odd number ≥ 3 for two such branches, or a list with one for each branch; None: [3, 5].
-        stride: stride of the branches, one number or two.
-        dilation: dilation of the unit, to which each branch's own is applied.
-        groups: groups of the branches' convolutions, at most `out_channels`.
+        stride: stride of the branches, one number or, without `aa_layer`, two.
+        dilation: dilation of the branches, one number, by which the one of `keep_3x3` is multiplied.
+        groups: groups of the branches' convolutions; above `out_channels`, that.
         rd_ratio: D = out_channels · rd_ratio, the attention's reduced channels, rounded to `rd_divisor`.
         rd_channels: D itself, if given.
         rd_divisor: what D is a multiple of.
@@ -79,10 +79,11 @@ class FusedSelectiveKernel(nn.Module):
             None is fused. A norm other than (a partial of) BatchNorm2d, or either given by name, needs timm installed.
         aa_layer: anti-aliasing after the branches if stride > 1; needs timm installed; not fused.
         drop_layer: class of the drop layer between norm and activation; not fused.
+        device, dtype: of parameters and buffers.
 
     Raises:
-        ValueError: a kernel size is even or below 3; in_channels cannot be split; in `forward`, x has the wrong rank,
-            channels or device, or, in training, one value per channel only.
+        ValueError: a kernel size is even or below 3; in_channels cannot be split; groups do not divide a branch's channels; in
+            `forward`, x has the wrong rank, channels or device, or, in training, one value per channel only.
         TypeError: in `forward`, x has not the floating-point dtype of the weights (outside autocast).
         ImportError: an argument needs timm, and it is not installed.
         RuntimeError: in `forward`, a backend is forced (`use_backend`) that cannot take x.
@@ -294,19 +295,21 @@ class FusedSelectiveKernel(nn.Module):
 
 class FusedSelectiveKernelAttn(nn.Module):
     """The attention of the unit alone, as timm has it: (B, M, C, H, W), the stacked branches, → (B, M, C, 1, 1), weights
-    that add up to 1 over the M branches. It also takes the branches in a list, M times (B, C, H, W), so that they need not
-    be stacked.
+    that add up to 1 over the M branches, in their dtype. It also takes the branches in a list, M times (B, C, H, W), so that they
+    need not be stacked. What cannot be fused (see `why_not`) runs as timm runs it, and a RuntimeWarning says so once.
 
     Args:
         channels: C.
         num_paths: M.
         attn_channels: D, the channels between the two 1 × 1 convolutions.
         act_layer, norm_layer: classes; ReLU and BatchNorm2d are fused.
+        device, dtype: of parameters and buffers.
 
     Raises:
         ValueError: in `forward`, branches of another number or shape, or on another device than the weights; in training, one
             value per channel only.
         TypeError: in `forward`, branches that have not the floating-point dtype of the weights (outside autocast).
+        RuntimeError: in `forward`, a backend is forced (`use_backend`) that cannot take them.
     """
 
     __prepare_scriptable__ = _timm_twin
