@@ -17,7 +17,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional
 from .backends import reference_in_this_thread, warn_once
-from .modules import _activation, _batch_norm, _check_like_weights, _count_batch, _hooked, _identity, leaf
+from .functional import BatchNorm, count_batches
+from .modules import _activation, _check_like_weights, _hooked, _identity, leaf
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _BRANCH_ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.Identity)
@@ -166,7 +167,7 @@ class FusedSKAttention(Family):
         if len(acts) > 1:
             return f"the branches differ in their activation: {', '.join(map(str, sorted(acts)))}"
         return (
-            functional.why_not_together([_batch_norm(path[1]) for path in module.convs]) or _product("fc", module.fc) or _products("fcs", module.fcs)
+            functional.why_not_together([BatchNorm.of(path[1]) for path in module.convs]) or _product("fc", module.fc) or _products("fcs", module.fcs)
         )
 
     @staticmethod
@@ -178,8 +179,8 @@ class FusedSKAttention(Family):
         bns, (weight, bias) = [path[1] for path in self.convs], _joined(self.fcs)
         ys = [path[0](x) for path in self.convs]
         act, norm = _activation(self.convs[0][2]), functional.without_norm(len(self.fc.weight), ys[0], self.fc.bias)
-        v = functional.selective_kernel(ys, [*map(_batch_norm, bns)], self.fc.weight, norm, weight, *act, "identity", 0.0, bias)
-        _count_batch(*bns)
+        v = functional.selective_kernel(ys, [*map(BatchNorm.of, bns)], self.fc.weight, norm, weight, *act, "identity", 0.0, bias)
+        count_batches(*bns)
         return v
 
 
@@ -219,14 +220,14 @@ class FusedSimCLRSelectiveKernel(Family):
         reduce, (attn_bn, attn_act), select = self.mixing_conv[0], self.mixing_conv[1].children(), self.mixing_conv[2]
         _check_like_weights(x, conv)
         weights, stride = conv.weight.chunk(2), conv.stride[0]
-        attention = reduce.weight, _batch_norm(attn_bn), select.weight
-        norms, act = _halves(_batch_norm(bn)), _activation(act)
+        attention = reduce.weight, BatchNorm.of(attn_bn), select.weight
+        norms, act = _halves(BatchNorm.of(bn)), _activation(act)
         ours = select.bias is None and type(attn_act) is nn.ReLU
         v = functional.convolved(x, weights, stride, [1, 1], 1, norms, *attention, *act) if ours else None
         if v is None:
             ys = [F.conv2d(x, weight, None, stride, 1) for weight in weights]
             v = functional.selective_kernel(ys, norms, *attention, *act, *_activation(attn_act), select.bias)
-        _count_batch(bn, attn_bn)
+        count_batches(bn, attn_bn)
         return v
 
 
@@ -287,7 +288,7 @@ def _joined(layers: nn.ModuleList) -> tuple[Tensor, Tensor | None]:
     return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
 
 
-def _halves(norm: functional.BatchNorm) -> list[functional.BatchNorm]:
+def _halves(norm: BatchNorm) -> list[BatchNorm]:
     """Over the first and over the second half of the channels; the running statistics are parts of the whole's."""
     vectors = [[None, None] if vector is None else vector.chunk(2) for vector in norm[:4]]
-    return [functional.BatchNorm(*half, *norm[4:]) for half in zip(*vectors)]
+    return [BatchNorm(*half, *norm[4:]) for half in zip(*vectors)]

@@ -16,10 +16,6 @@ from .backends import only_pytorch, warn_once
 from .functional import BatchNorm, count_batches, parameter
 
 
-# What `families` calls them.
-_batch_norm, _count_batch = BatchNorm.of, count_batches
-
-
 def _timm_twin(module: nn.Module) -> nn.Module:
     """timm's module of the same layers, for torch.jit.script, which compiles a module's Python; timm writes its own for that.
 
