@@ -64,7 +64,7 @@ def _reduced_tile(
 
 @triton.jit(do_not_specialize=["B", "P", "C", "D", "pixels"])
 def _attend_reduce_kernel(
-    pooled, s, reduced, parts, fc_reduce, B, P, C, D, pixels, IMAGES: tl.constexpr, REDUCED: tl.constexpr, SLICES: tl.constexpr,
+    pooled, s, reduced, partials, fc_reduce, B, P, C, D, pixels, IMAGES: tl.constexpr, REDUCED: tl.constexpr, SLICES: tl.constexpr,
     DEPTH: tl.constexpr,
 ):  # fmt: skip
     """A program: IMAGES images, REDUCED reduced channels, and of these their mean and squared distances from it."""
@@ -78,38 +78,38 @@ def _attend_reduce_kernel(
     count = tl.minimum(IMAGES, B - part * IMAGES).to(A)
     mean = tl.sum(tile, 0) / count
     deviation = tl.where((b < B)[:, None], tile - mean[None, :], 0.0)
-    tl.store(parts + part * 2 * D + d, mean, d < D)
-    tl.store(parts + (part * 2 + 1) * D + d, tl.sum(deviation * deviation, 0), d < D)
+    tl.store(partials + part * 2 * D + d, mean, d < D)
+    tl.store(partials + (part * 2 + 1) * D + d, tl.sum(deviation * deviation, 0), d < D)
 
 
 @triton.jit
-def _joined(parts, d, B, D, IMAGES: tl.constexpr, PARTS: tl.constexpr, A: tl.constexpr):
-    """Mean and biased variance of the reduced channels d over the batch, from its parts of IMAGES images."""
-    number = tl.cdiv(B, IMAGES)
+def _joined(partials, d, B, D, IMAGES: tl.constexpr, PARTS: tl.constexpr, A: tl.constexpr):
+    """Mean and biased variance of the reduced channels d over the batch, from those of its parts, of IMAGES images each."""
+    parts = tl.cdiv(B, IMAGES)
     total = tl.zeros((PARTS, d.shape[0]), A)
-    for start in range(0, number, PARTS):
+    for start in range(0, parts, PARTS):
         part = (start + tl.arange(0, PARTS))[:, None]
         n = tl.minimum(IMAGES, B - part * IMAGES).to(A)
-        total += n * tl.load(parts + part * 2 * D + d[None, :], (part < number) & (d < D)[None, :], 0.0)
+        total += n * tl.load(partials + part * 2 * D + d[None, :], (part < parts) & (d < D)[None, :], 0.0)
     mean = tl.sum(total, 0) / B.to(A)
     squares = tl.zeros((PARTS, d.shape[0]), A)
-    for start in range(0, number, PARTS):
+    for start in range(0, parts, PARTS):
         part = (start + tl.arange(0, PARTS))[:, None]
-        exists = (part < number) & (d < D)[None, :]
-        deviation = tl.load(parts + part * 2 * D + d[None, :], exists, 0.0) - mean[None, :]
-        within = tl.load(parts + (part * 2 + 1) * D + d[None, :], exists, 0.0)
+        exists = (part < parts) & (d < D)[None, :]
+        deviation = tl.load(partials + part * 2 * D + d[None, :], exists, 0.0) - mean[None, :]
+        within = tl.load(partials + (part * 2 + 1) * D + d[None, :], exists, 0.0)
         squares += tl.where(exists, within + tl.minimum(IMAGES, B - part * IMAGES).to(A) * deviation * deviation, 0.0)
     return mean, tl.sum(squares, 0) / B.to(A)
 
 
 @triton.jit(do_not_specialize=["B", "P", "C", "D", "M", "pixels"])
 def _attend_kernel(
-    pooled, s, reduced, parts, fc_reduce, weight, bias, given_mean, given_var, mean, var, fc_select, select_bias, a, B, P, C, D, M, pixels,
+    pooled, s, reduced, partials, fc_reduce, weight, bias, given_mean, given_var, mean, var, fc_select, select_bias, a, B, P, C, D, M, pixels,
     eps: tl.constexpr, negative_slope: tl.constexpr, ACTIVATION: tl.constexpr, IMAGES: tl.constexpr, REDUCED: tl.constexpr, SLICES: tl.constexpr,
     DEPTH: tl.constexpr, BRANCHES: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """A program: IMAGES images, CHANNELS channels of all branches. With given statistics it makes the reduced descriptor of its
-    images itself; else it reads it, and joins the parts of the batch's statistics."""
+    images itself; else it reads it, and joins the statistics of the batch's parts."""
     A: tl.constexpr = s.dtype.element_ty
     blocks = tl.cdiv(C, CHANNELS)
     block, part = tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -129,7 +129,7 @@ def _attend_kernel(
             d_mean, d_var = tl.load(given_mean + d, d < D, 0.0).to(A), tl.load(given_var + d, d < D, 1.0).to(A)
         else:
             tile = tl.load(reduced + b[:, None] * D + d[None, :], exists, 0.0)
-            d_mean, d_var = _joined(parts, d, B, D, IMAGES, PARTS, A)
+            d_mean, d_var = _joined(partials, d, B, D, IMAGES, PARTS, A)
         first = (d < D) & (block == 0) & (part == 0)
         tl.store(mean + d, d_mean, first)
         tl.store(var + d, d_var, first)
@@ -160,13 +160,13 @@ def attend(
     a, s, reduced = pooled.new_empty((B, M, C)), pooled.new_empty((B, C)), pooled.new_empty((B, D))
     used_mean, used_var = pooled.new_empty((D,)), pooled.new_empty((D,))
     blocks = ceil_div(B, IMAGES)
-    parts = None
+    partials = None
     fc_reduce, fc_select, weight, bias, mean, var, select_bias = dense((fc_reduce, fc_select, weight, bias, mean, var, select_bias))
     if mean is None:
-        parts = pooled.new_empty((blocks, 2, D))
+        partials = pooled.new_empty((blocks, 2, D))
         grid = (blocks * ceil_div(D, REDUCED),)
         _attend_reduce_kernel[grid](
-            pooled, s, reduced, parts, fc_reduce, B, P, C, D, pixels, IMAGES=IMAGES, REDUCED=REDUCED, SLICES=SLICES, DEPTH=DEPTH,
+            pooled, s, reduced, partials, fc_reduce, B, P, C, D, pixels, IMAGES=IMAGES, REDUCED=REDUCED, SLICES=SLICES, DEPTH=DEPTH,
             num_warps=SLICES,
         )  # fmt: skip
     branches = power_of_two(M)
@@ -178,7 +178,7 @@ def attend(
         while channels < 4 * ceil_div(LOGITS, branches) and blocks * ceil_div(C, 2 * channels) >= ENOUGH_PROGRAMS // 4:
             channels *= 2
     _attend_kernel[(blocks * ceil_div(C, channels),)](
-        pooled, s, reduced, parts, fc_reduce, weight, bias, mean, var, used_mean, used_var, fc_select, select_bias, a, B, P, C, D, M, pixels,
+        pooled, s, reduced, partials, fc_reduce, weight, bias, mean, var, used_mean, used_var, fc_select, select_bias, a, B, P, C, D, M, pixels,
         eps, negative_slope, ACTIVATION=activation, IMAGES=images, REDUCED=REDUCED, SLICES=SLICES, DEPTH=depth, BRANCHES=branches,
         CHANNELS=channels, PARTS=_PARTS, num_warps=warps,
     )  # fmt: skip
@@ -186,7 +186,7 @@ def attend(
 
 
 @triton.jit
-def _rows_of(first, C, M, BLOCKS: tl.constexpr, BRANCHES: tl.constexpr, CHANNELS: tl.constexpr):
+def _logit_rows(first, C, M, BLOCKS: tl.constexpr, BRANCHES: tl.constexpr, CHANNELS: tl.constexpr):
     """Of blocks of channels, from the one numbered `first` on: the rows of fc_select, all branches of a block beside each other, and
     which there are."""
     logit = tl.arange(0, BLOCKS * BRANCHES * CHANNELS)
@@ -196,7 +196,7 @@ def _rows_of(first, C, M, BLOCKS: tl.constexpr, BRANCHES: tl.constexpr, CHANNELS
 
 @triton.jit
 def _dlogits_tile(da, a, b, row, is_logit, B, C, M, BRANCHES: tl.constexpr, CHANNELS: tl.constexpr):
-    """a·(da − Σ_m a·da) of the images b and rows of `_rows_of`, (images, rows)."""
+    """a·(da − Σ_m a·da) of the images b and rows of `_logit_rows`, (images, rows)."""
     at = (b * M)[:, None] * C + row[None, :]
     exists = (b < B)[:, None] & is_logit[None, :]
     shape: tl.constexpr = (b.shape[0], row.shape[0] // (BRANCHES * CHANNELS), BRANCHES, CHANNELS)
@@ -220,7 +220,7 @@ def _normalized(reduced, mean, var, weight, bias, b, d, B, D, eps: tl.constexpr,
 
 @triton.jit(do_not_specialize=["B", "C", "D", "M"])
 def _attend_backward_reduce_kernel(
-    da, a, reduced, weight, bias, mean, var, fc_select, dn, parts, B, C, D, M, eps: tl.constexpr, negative_slope: tl.constexpr,
+    da, a, reduced, weight, bias, mean, var, fc_select, dn, partials, B, C, D, M, eps: tl.constexpr, negative_slope: tl.constexpr,
     ACTIVATION: tl.constexpr, IMAGES: tl.constexpr, REDUCED: tl.constexpr, SLICES: tl.constexpr, BRANCHES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -233,7 +233,7 @@ def _attend_backward_reduce_kernel(
     ROWS: tl.constexpr = BRANCHES * CHANNELS
     total = tl.zeros((SLICES, IMAGES, REDUCED), A)
     for block in range(0, tl.cdiv(C, CHANNELS), SLICES):
-        row, is_logit = _rows_of(block, C, M, SLICES, BRANCHES, CHANNELS)
+        row, is_logit = _logit_rows(block, C, M, SLICES, BRANCHES, CHANNELS)
         matrix = tl.load(fc_select + row[:, None].to(tl.int64) * D + d[None, :], is_logit[:, None] & (d < D)[None, :], 0.0).to(A)
         dlogits = _dlogits_tile(da, a, b, row, is_logit, B, C, M, BRANCHES, CHANNELS).reshape((IMAGES, SLICES, ROWS)).permute((1, 0, 2))
         total = tl.dot(dlogits, matrix.reshape((SLICES, ROWS, REDUCED)), total, input_precision="ieee", out_dtype=A)
@@ -243,19 +243,19 @@ def _attend_backward_reduce_kernel(
     exists = (b < B)[:, None] & (d < D)[None, :]
     gradient = tl.where(exists, gradient, 0.0)
     tl.store(dn + b[:, None] * D + d[None, :], gradient, exists)
-    tl.store(parts + part * 2 * D + d, tl.sum(gradient, 0), d < D)
-    tl.store(parts + (part * 2 + 1) * D + d, tl.sum(gradient * x, 0), d < D)
+    tl.store(partials + part * 2 * D + d, tl.sum(gradient, 0), d < D)
+    tl.store(partials + (part * 2 + 1) * D + d, tl.sum(gradient * x, 0), d < D)
 
 
 @triton.jit
-def _total(parts, d, number, D, PARTS: tl.constexpr, A: tl.constexpr):
-    """The sums of a batch's parts, (·, 2, D), for the channels d."""
+def _total(partials, d, parts, D, PARTS: tl.constexpr, A: tl.constexpr):
+    """Σ over the parts of the batch of their two sums, of the reduced channels d."""
     first, second = tl.zeros((PARTS, d.shape[0]), A), tl.zeros((PARTS, d.shape[0]), A)
-    for start in range(0, number, PARTS):
+    for start in range(0, parts, PARTS):
         part = (start + tl.arange(0, PARTS))[:, None]
-        exists = (part < number) & (d < D)[None, :]
-        first += tl.load(parts + part * 2 * D + d[None, :], exists, 0.0)
-        second += tl.load(parts + (part * 2 + 1) * D + d[None, :], exists, 0.0)
+        exists = (part < parts) & (d < D)[None, :]
+        first += tl.load(partials + part * 2 * D + d[None, :], exists, 0.0)
+        second += tl.load(partials + (part * 2 + 1) * D + d[None, :], exists, 0.0)
     return tl.sum(first, 0), tl.sum(second, 0)
 
 
@@ -278,7 +278,7 @@ def _ds_block(
     COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """ds of IMAGES images and COLUMNS channels."""
-    dn, parts, reduced, mean, var, weight, bias = norm
+    dn, partials, reduced, mean, var, weight, bias = norm
     A: tl.constexpr = ds.dtype.element_ty
     blocks = tl.cdiv(C, COLUMNS)
     b = (program // blocks * IMAGES + tl.arange(0, IMAGES)).to(tl.int64)
@@ -286,7 +286,7 @@ def _ds_block(
     total = tl.zeros((IMAGES, COLUMNS), A)
     for start in range(0, D, REDUCED):
         d = start + tl.arange(0, REDUCED)
-        dbias, dweight = _total(parts, d, tl.cdiv(B, IMAGES), D, PARTS, A)
+        dbias, dweight = _total(partials, d, tl.cdiv(B, IMAGES), D, PARTS, A)
         tile = _dreduced_tile(dn, reduced, mean, var, weight, bias, b, d, B, D, dbias, dweight, eps, TRAINING, A)
         matrix = tl.load(fc_reduce + d[:, None] * C + c[None, :], (d < D)[:, None] & (c < C)[None, :], 0.0).to(A)
         total = tl.dot(tile, matrix, total, input_precision="ieee", out_dtype=A)
@@ -299,12 +299,12 @@ def _dreduce_block(
     REDUCED: tl.constexpr, COLUMNS: tl.constexpr, SLICES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """dfc_reduce of REDUCED rows and COLUMNS channels; the first of a row's blocks writes the gradients of its batch-norm."""
-    dn, parts, reduced, mean, var, weight, bias = norm
+    dn, partials, reduced, mean, var, weight, bias = norm
     A: tl.constexpr = s.dtype.element_ty
     blocks = tl.cdiv(C, COLUMNS)
     d = program // blocks * REDUCED + tl.arange(0, REDUCED)
     c = program % blocks * COLUMNS + tl.arange(0, COLUMNS)
-    first, second = _total(parts, d, tl.cdiv(B, IMAGES), D, PARTS, A)
+    first, second = _total(partials, d, tl.cdiv(B, IMAGES), D, PARTS, A)
     total = tl.zeros((SLICES, REDUCED, COLUMNS), A)
     for start in range(0, B, SLICES * IMAGES):
         b = (start + tl.arange(0, SLICES * IMAGES)).to(tl.int64)
@@ -324,13 +324,13 @@ def _dselect_block(
     IMAGES: tl.constexpr, REDUCED: tl.constexpr, SLICES: tl.constexpr, BRANCHES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """dfc_select of CHANNELS channels of all branches and REDUCED columns; the first of a row's blocks writes the bias's gradient."""
-    dn, parts, reduced, mean, var, weight, bias = norm
+    dn, partials, reduced, mean, var, weight, bias = norm
     A: tl.constexpr = da.dtype.element_ty
     blocks = tl.cdiv(D, REDUCED)
     block = program // blocks
     d = program % blocks * REDUCED + tl.arange(0, REDUCED)
     ROWS: tl.constexpr = BRANCHES * CHANNELS
-    row, exists = _rows_of(block, C, M, 1, BRANCHES, CHANNELS)
+    row, exists = _logit_rows(block, C, M, 1, BRANCHES, CHANNELS)
     total, bias_total = tl.zeros((SLICES, ROWS, REDUCED), A), tl.zeros((ROWS,), A)
     for start in range(0, B, SLICES * IMAGES):
         b = (start + tl.arange(0, SLICES * IMAGES)).to(tl.int64)
@@ -370,7 +370,7 @@ def attend_backward(
     da, a, s, reduced, fc_reduce, weight, bias, mean, var, eps: float, training: bool, activation: str, negative_slope: float, fc_select
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of s, fc_reduce, weight, bias, fc_select and select_bias, in the dtype of s. Two launches: the gradient after
-    the batch-norm, with the parts of its two sums over the batch; then all that rests on it."""
+    the batch-norm, and, of the parts of the batch, its two sums; then all that rests on it."""
     B, M, C = a.shape
     D = reduced.shape[1]
     dn, ds = torch.empty_like(reduced), torch.empty_like(s)
@@ -378,7 +378,7 @@ def attend_backward(
     fc_reduce, fc_select, weight, bias = dense((fc_reduce, fc_select, weight, bias))
     dweight, dbias, dselect_bias = s.new_empty((D,)), s.new_empty((D,)), s.new_empty((M * C,))
     blocks = ceil_div(B, IMAGES)
-    parts = s.new_empty((blocks, 2, D))
+    partials = s.new_empty((blocks, 2, D))
     branches = power_of_two(M)
     channels = ceil_div(LOGITS // 2, branches)
     tile = {"IMAGES": IMAGES, "REDUCED": REDUCED, "SLICES": SLICES, "BRANCHES": branches, "CHANNELS": channels, "num_warps": SLICES}
@@ -386,12 +386,12 @@ def attend_backward(
     tile |= {"num_stages": 1}
     act = {"negative_slope": negative_slope, "ACTIVATION": activation}
     _attend_backward_reduce_kernel[(blocks * ceil_div(D, REDUCED),)](
-        da, a, reduced, weight, bias, mean, var, fc_select, dn, parts, B, C, D, M, eps, **act, **tile
+        da, a, reduced, weight, bias, mean, var, fc_select, dn, partials, B, C, D, M, eps, **act, **tile
     )
     columns = LOGITS // 2
     of_ds, of_reduce = blocks * ceil_div(C, 4 * columns), ceil_div(D, REDUCED) * ceil_div(C, columns)
     grid = (of_ds + of_reduce + ceil_div(C, channels) * ceil_div(D, REDUCED),)
-    norm = dn, parts, reduced, mean, var, weight, bias
+    norm = dn, partials, reduced, mean, var, weight, bias
     _attend_backward_kernel[grid](
         da, a, s, norm, fc_reduce, ds, dfc_reduce, dweight, dbias, dfc_select, dselect_bias, B, C, D, M, eps,
         **act, TRAINING=training, COLUMNS=columns, PARTS=_PARTS, **tile,

@@ -1,4 +1,5 @@
-"""The convolutions of the branches, y_m = w_m ∗ x_m, as implicit matrix products: all branches in one launch.
+"""The convolutions of the branches, y_m = w_m ∗ x_m, as implicit matrix products: all branches in one launch. The statistics of
+branches that the library has convolved, `branch_statistics`, are in squeeze.py, with the other sums over pixels.
 
 A program makes a tile of y_m, BLOCK_P pixels by BLOCK_N channels, in a loop over the blocks of input channels and, inside it,
 the taps: what is read of x for one tap is still in a cache for the others. It keeps one offset a pixel, to which a tap adds a
@@ -30,7 +31,7 @@ from torch import Tensor
 from ..backends.reference import convolutions, convolutions_backward, empty_branch, layout_of, no_statistics
 from . import choice
 from .attend import attend
-from .common import activate, dense, fold, is_channels_last
+from .common import activate, dense, fold, is_channels_last, of_branch
 from .select import select, select_backward
 from .squeeze import branch_statistics, squeeze
 
@@ -44,33 +45,24 @@ _SIZES = ("segment", "H", "W", "OH", "OW")
 
 
 @triton.jit
-def _chosen(values, branch):
-    """values[branch], of a tuple."""
+def _constant(values: tl.constexpr, m):
+    """`of_branch` of a tuple of constants; itself a constant if they are alike."""
     value = values[0]
-    for m in tl.static_range(1, len(values)):
-        value = tl.where(branch == m, values[m], value)
-    return value
-
-
-@triton.jit
-def _constant(values: tl.constexpr, branch):
-    """values[branch], of a tuple of constants; itself a constant if they are alike."""
-    value = values[0]
-    for m in tl.static_range(1, len(values)):
-        if values[m] != values[0]:
-            value = tl.where(branch == m, values[m], value)
+    for i in tl.static_range(1, len(values)):
+        if values[i] != values[0]:
+            value = tl.where(m == i, values[i], value)
     return value
 
 
 @triton.jit
 def _program(M: tl.constexpr, GROUPS: tl.constexpr, OUTPUTS: tl.constexpr, PACK: tl.constexpr, BLOCK_N: tl.constexpr):
     """Of this program: its branch; its groups; its channels, counted from their first; and what is left of its number."""
-    PARTS: tl.constexpr = triton.cdiv(PACK * OUTPUTS, BLOCK_N)
+    BLOCKS: tl.constexpr = triton.cdiv(PACK * OUTPUTS, BLOCK_N)
     PACKS: tl.constexpr = triton.cdiv(GROUPS, PACK)
     program = tl.program_id(0)
     m, program = program % M, program // M
-    part, program = program % PARTS, program // PARTS
-    return m, program % PACKS, part * BLOCK_N + tl.arange(0, BLOCK_N), program // PACKS
+    block, program = program % BLOCKS, program // BLOCKS
+    return m, program % PACKS, block * BLOCK_N + tl.arange(0, BLOCK_N), program // PACKS
 
 
 @triton.jit
@@ -160,13 +152,13 @@ def _branch_kernel(
     m, pack, n, tile = _program(M, GROUPS, OUTPUTS, PACK, BLOCK_N)
     image, images, row, column, count = _pixels(tile, segment, OH, OW, BLOCK_P)
     acc = _convolve(
-        x, _chosen(ws, m), image, images, row, column, count, n, pack, m, _constant(DILATIONS, m), _constant(KERNELS, m), H, W,
+        x, of_branch(ws, m), image, images, row, column, count, n, pack, m, _constant(DILATIONS, m), _constant(KERNELS, m), H, W,
         STRIDE, SPLIT, GROUPS, INPUTS, OUTPUTS, PACK, BLOCK_P, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
     c = pack * (PACK * OUTPUTS) + n
     is_channel, is_pixel = (n < PACK * OUTPUTS) & (c < C), tl.arange(0, BLOCK_P) < count
     y = acc.to(x.dtype.element_ty)
-    tl.store(_chosen(ys, m) + _at(image, images, row, column, c, OH, OW, C), y, is_pixel[:, None] & is_channel[None, :])
+    tl.store(of_branch(ys, m) + _at(image, images, row, column, c, OH, OW, C), y, is_pixel[:, None] & is_channel[None, :])
     mean = tl.sum(y.to(tl.float32), 0) / count
     d = tl.where(is_pixel[:, None], y.to(tl.float32) - mean[None, :], 0.0)
     tiles = tl.cdiv(segment, BLOCK_P).to(tl.int64)
@@ -221,13 +213,13 @@ def _branch_squeeze_kernel(
     for tile in range(program % parts, tiles, parts):
         image, images, row, column, count = _pixels(program // parts * tiles + tile, segment, OH, OW, BLOCK_P)
         acc = _convolve(
-            x, _chosen(ws, m), image, images, row, column, count, n, pack, m, _constant(DILATIONS, m), _constant(KERNELS, m), H, W,
+            x, of_branch(ws, m), image, images, row, column, count, n, pack, m, _constant(DILATIONS, m), _constant(KERNELS, m), H, W,
             STRIDE, SPLIT, GROUPS, INPUTS, OUTPUTS, PACK, BLOCK_P, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
         y = acc.to(x.dtype.element_ty)
         is_pixel = tl.arange(0, BLOCK_P) < count
         if ys is not None:
-            tl.store(_chosen(ys, m) + _at(image, images, row, column, c, OH, OW, C), y, is_pixel[:, None] & is_channel[None, :])
+            tl.store(of_branch(ys, m) + _at(image, images, row, column, c, OH, OW, C), y, is_pixel[:, None] & is_channel[None, :])
         # From memory for every tile, also the sums: they would be in registers all through the convolution.
         before = tl.load(sums, is_channel & (tile >= parts), 0.0)
         mean, r, scale, bias = fold((weights, biases, means, variances), eps, m, c, is_channel, tl.float32)
@@ -261,7 +253,7 @@ def _branch_select_kernel(
     # Not unrolled: the registers of one branch are enough for all.
     for m in range(M):
         acc = _convolve(
-            x, _chosen(ws, m), image, images, row, column, count, n, pack, m, _constant(DILATIONS, m), _constant(KERNELS, m), H, W,
+            x, of_branch(ws, m), image, images, row, column, count, n, pack, m, _constant(DILATIONS, m), _constant(KERNELS, m), H, W,
             STRIDE, SPLIT, GROUPS, INPUTS, OUTPUTS, PACK, BLOCK_P, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
         y = acc.to(x.dtype.element_ty).to(tl.float32)
@@ -333,7 +325,7 @@ class _Launch(NamedTuple):
     constants: dict[str, object]
 
 
-def _launch(
+def _launch_of(
     x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int, y: Tensor, segment: int, branches: int, most: int
 ) -> _Launch:
     """For x and what it gives, of the shape of y; `branches` are made by programs of their own.
@@ -363,12 +355,12 @@ def _launch(
     return _Launch(programs, tiles, (segment, H, W, OH, OW), constants)
 
 
-def _squeeze_launch(
+def _launch_squeeze(
     x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int, y: Tensor, norms: tuple, act: tuple[float, str], store: bool
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """The pooled sums; if they are to be stored, the branches, and mean, scale and bias of the batch-norms."""
     M, (B, C, OH, OW) = len(weights), y.shape
-    launch = _launch(x, weights, stride, dilations, groups, y, OH * OW, M, 128)
+    launch = _launch_of(x, weights, stride, dilations, groups, y, OH * OW, M, 128)
     # Few, for attend reads them again and again; but enough programs.
     parts = min(launch.tiles, max(4, triton.cdiv(_device(x.device).multiprocessors, B * launch.programs)))
     pooled = x.new_empty((B, M * parts, C), dtype=torch.float32)
@@ -428,7 +420,7 @@ def _branch_own(x, weights, stride: int, dilations, groups: int, statistics: boo
     M, weights = len(weights), _by_taps(weights)
     ys = [empty_branch(x, weights, stride) for _ in weights]
     C, pixels = ys[0].shape[1], ys[0].numel() // ys[0].shape[1]
-    launch = _launch(x, weights, stride, dilations, groups, ys[0], pixels, M, 128)
+    launch = _launch_of(x, weights, stride, dilations, groups, ys[0], pixels, M, 128)
     partials = x.new_empty((2, M, C, launch.tiles), dtype=torch.float32)
     _branch_kernel[(launch.programs * launch.tiles,)](x, weights, tuple(ys), partials, *launch.sizes, **launch.constants)
     if not statistics:
@@ -479,16 +471,16 @@ def _unit_library(x, v, weights, stride: int, dilations, groups: int, norms, att
 
 def _unit_own(x, v, weights, stride: int, dilations, groups: int, norms, attention, activation: str, negative_slope: float) -> Tensor:
     act = negative_slope, activation
-    pooled, ys, folded = _squeeze_launch(x, weights, stride, dilations, groups, v, norms, act, store=True)
+    pooled, ys, folded = _launch_squeeze(x, weights, stride, dilations, groups, v, norms, act, store=True)
     a = attend(pooled, v.shape[2] * v.shape[3], *attention)[0]
     return select(ys, *folded, a, activation, negative_slope, v)
 
 
 def _unit_own_twice(x, v, weights, stride: int, dilations, groups: int, norms, attention, activation: str, negative_slope: float) -> Tensor:
     act, (B, _, OH, OW) = (negative_slope, activation), v.shape
-    pooled, _, _ = _squeeze_launch(x, weights, stride, dilations, groups, v, norms, act, store=False)
+    pooled, _, _ = _launch_squeeze(x, weights, stride, dilations, groups, v, norms, act, store=False)
     a = attend(pooled, OH * OW, *attention)[0]
     # 64 pixels: the sum of the branches is in registers beside the branch.
-    launch = _launch(x, weights, stride, dilations, groups, v, OH * OW, 1, 64)
+    launch = _launch_of(x, weights, stride, dilations, groups, v, OH * OW, 1, 64)
     _branch_select_kernel[(launch.programs * B * launch.tiles,)](x, weights, v, a, *norms, *launch.sizes, *act, **launch.constants)
     return v

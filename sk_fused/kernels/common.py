@@ -74,6 +74,15 @@ def fold(norms, eps, m, c, exists, A: tl.constexpr):
 
 
 @triton.jit
+def of_branch(values, m):
+    """values[m], of a tuple, of an m that the compiler does not know."""
+    value = values[0]
+    for i in tl.static_range(1, len(values)):
+        value = tl.where(m == i, values[i], value)
+    return value
+
+
+@triton.jit
 def zeros(shape: tl.constexpr, dtype: tl.constexpr, COUNT: tl.constexpr):
     """A tuple of COUNT accumulators."""
     accumulators = ()

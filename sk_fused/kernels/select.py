@@ -1,4 +1,8 @@
-"""select: v = Σ_m a_m·act(z_m); and the writing pass of its backward. Every value is read, worked on and written by itself."""
+"""select: v = Σ_m a_m·act(z_m); and the writing pass of its backward. Every value is read, worked on and written by itself.
+
+What the writing pass needs of all pixels comes before it, and is in squeeze.py: `select_backward_sums`, and `fold_backward`, which
+gives t, p and q.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +24,13 @@ def _per_vector(array, at, at_next, exists, exists_next, crosses, STRADDLES: tl.
 
 
 @triton.jit
-def _row(array, at, exists):
+def _per_channel(array, at, exists):
     """Numbers of a small array for the channels of a channels_last tensor."""
     return tl.load(array + at, exists, 0.0)[None, :]
 
 
 @triton.jit
-def _rows_of(first, C, pixels, VECTOR: tl.constexpr, STRADDLES: tl.constexpr, VECTORS: tl.constexpr):
+def _vector_rows(first, C, pixels, VECTOR: tl.constexpr, STRADDLES: tl.constexpr, VECTORS: tl.constexpr):
     """Of VECTORS vectors of a contiguous tensor, from the one numbered `first` on: image and channel of the row that each begins
     in, of the next row, and which of its values are of that next row.
 
@@ -55,7 +59,7 @@ def _select_contiguous_kernel(
     A: tl.constexpr = mean.dtype.element_ty
     M: tl.constexpr = len(ys)
     first = tl.program_id(0).to(tl.int64) * VECTORS
-    b, c, b_next, c_next, crosses = _rows_of(first, C, pixels, VECTOR, STRADDLES, VECTORS)
+    b, c, b_next, c_next, crosses = _vector_rows(first, C, pixels, VECTOR, STRADDLES, VECTORS)
     vector = first + tl.arange(0, VECTORS)
     offsets = vector[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     exists, exists_next = vector < vectors, b_next < B
@@ -83,7 +87,7 @@ def _block_of(pixels, vectors, part_pixels, VECTOR: tl.constexpr, CHANNELS: tl.c
 
 
 @triton.jit
-def _pixel_tile(b, pixel, end, pixels, c, exists, vectors, VECTOR: tl.constexpr, PIXELS: tl.constexpr):
+def _image_pixels(b, pixel, end, pixels, c, exists, vectors, VECTOR: tl.constexpr, PIXELS: tl.constexpr):
     """PIXELS pixels of image b, channels_last: where they are, the offsets of their channels c from there, and which there are."""
     number = tl.arange(0, PIXELS)
     inside = (number < end - pixel)[:, None] & exists[None, :]
@@ -103,10 +107,10 @@ def _select_channels_last_kernel(
     numbers = ()
     for m in tl.static_range(M):
         at = m * C + c
-        normal = _row(mean, at, exists), _row(scale, at, exists), _row(bias, at, exists)
-        numbers += (normal + (_row(a, (b * M + m) * C + c, exists),),)
+        normal = _per_channel(mean, at, exists), _per_channel(scale, at, exists), _per_channel(bias, at, exists)
+        numbers += (normal + (_per_channel(a, (b * M + m) * C + c, exists),),)
     for pixel in tl.range(start, end, PIXELS, num_stages=STAGES):
-        first, offsets, inside = _pixel_tile(b, pixel, end, pixels, c, exists, vectors, VECTOR, PIXELS)
+        first, offsets, inside = _image_pixels(b, pixel, end, pixels, c, exists, vectors, VECTOR, PIXELS)
         total = tl.zeros((PIXELS, CHANNELS), A)
         for m in tl.static_range(M):
             c_mean, c_scale, c_bias, weight = numbers[m]
@@ -115,14 +119,14 @@ def _select_channels_last_kernel(
         tl.store(v + first + offsets, total.to(v.dtype.element_ty), inside)
 
 
-def _row_block(y: Tensor, M: int) -> dict[str, int | bool]:
+def _select_contiguous_block(y: Tensor, M: int) -> dict[str, int | bool]:
     """How contiguous memory is cut. Of each branch a thread has 2 vectors in flight; one of more than two branches."""
     B, C, H, W = y.shape
     vector = row_vector(y, H * W)
     return {"VECTOR": vector, "STRADDLES": H * W % vector != 0, "VECTORS": THREADS * (2 if M <= 2 else 1)}
 
 
-def _channel_block(y: Tensor, M: int) -> dict[str, int]:
+def _select_channels_last_block(y: Tensor, M: int) -> dict[str, int]:
     """How channels_last memory is cut. While a tile is worked on, the next ones are on their way into shared memory: more bytes than
     registers would hold, where they have a program's numbers already."""
     vector = channel_vector(y, M)
@@ -134,16 +138,16 @@ def _channel_block(y: Tensor, M: int) -> dict[str, int]:
 _PROGRAMS, _LEAST_TILES = 4096, 8
 
 
-def _launch(contiguous_kernel, channels_last_kernel, y: Tensor, M: int, arrays: tuple, activation: str, negative_slope: float) -> None:
+def _launch_select(contiguous_kernel, channels_last_kernel, y: Tensor, M: int, arrays: tuple, activation: str, negative_slope: float) -> None:
     B, C, H, W = y.shape
     if is_channels_last(y):
-        block = _channel_block(y, M)
+        block = _select_channels_last_block(y, M)
         blocks, tiles = B * ceil_div(C, block["CHANNELS"]), ceil_div(H * W, block["PIXELS"])
         part_pixels = max(_LEAST_TILES, ceil_div(tiles, ceil_div(_PROGRAMS, blocks))) * block["PIXELS"]
         grid = (blocks * ceil_div(H * W, part_pixels),)
         kernel, sizes = channels_last_kernel, (H * W, C // block["VECTOR"], part_pixels)
     else:
-        block = _row_block(y, M)
+        block = _select_contiguous_block(y, M)
         vectors = B * C * H * W // block["VECTOR"]
         grid = (ceil_div(vectors, block["VECTORS"]),)
         kernel, sizes = contiguous_kernel, (B, C, H * W, vectors)
@@ -156,7 +160,7 @@ def select(ys, mean, scale, bias, a, activation: str, negative_slope: float, v: 
     Floor: every branch is read once, v written once."""
     v = torch.empty_like(ys[0]) if v is None else v
     arrays = tuple(ys), mean, scale, bias, a, v
-    _launch(_select_contiguous_kernel, _select_channels_last_kernel, v, len(ys), arrays, activation, negative_slope)
+    _launch_select(_select_contiguous_kernel, _select_channels_last_kernel, v, len(ys), arrays, activation, negative_slope)
     return v
 
 
@@ -169,7 +173,7 @@ def _select_backward_contiguous_kernel(
     A: tl.constexpr = mean.dtype.element_ty
     M: tl.constexpr = len(ys)
     first = tl.program_id(0).to(tl.int64) * VECTORS
-    b, c, b_next, c_next, crosses = _rows_of(first, C, pixels, VECTOR, STRADDLES, VECTORS)
+    b, c, b_next, c_next, crosses = _vector_rows(first, C, pixels, VECTOR, STRADDLES, VECTORS)
     vector = first + tl.arange(0, VECTORS)
     offsets = vector[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     exists, exists_next = vector < vectors, b_next < B
@@ -198,14 +202,14 @@ def _select_backward_channels_last_kernel(
     M: tl.constexpr = len(ys)
     C = vectors * VECTOR
     b, start, end, c, exists = _block_of(pixels, vectors, part_pixels, VECTOR, CHANNELS)
-    share = _row(t, b * C + c, exists)
+    share = _per_channel(t, b * C + c, exists)
     numbers = ()
     for m in tl.static_range(M):
         at = m * C + c
-        normal = _row(mean, at, exists), _row(scale, at, exists), _row(bias, at, exists)
-        numbers += (normal + (_row(a, (b * M + m) * C + c, exists), _row(p, at, exists), _row(q, at, exists)),)
+        normal = _per_channel(mean, at, exists), _per_channel(scale, at, exists), _per_channel(bias, at, exists)
+        numbers += (normal + (_per_channel(a, (b * M + m) * C + c, exists), _per_channel(p, at, exists), _per_channel(q, at, exists)),)
     for pixel in tl.range(start, end, PIXELS, num_stages=STAGES):
-        first, offsets, inside = _pixel_tile(b, pixel, end, pixels, c, exists, vectors, VECTOR, PIXELS)
+        first, offsets, inside = _image_pixels(b, pixel, end, pixels, c, exists, vectors, VECTOR, PIXELS)
         gradient = tl.load(g + first + offsets, inside, 0.0).to(A)
         for m in tl.static_range(M):
             c_mean, c_scale, c_bias, weight, c_p, c_q = numbers[m]
@@ -220,5 +224,5 @@ def select_backward(g, ys, mean, scale, bias, a, t, p, q, activation: str, negat
     Floor: g and every branch are read once, every dy written once."""
     dys = [torch.empty_like(y) for y in ys]
     arrays = g, tuple(ys), mean, scale, bias, a, t, p, q, tuple(dys)
-    _launch(_select_backward_contiguous_kernel, _select_backward_channels_last_kernel, g, len(ys), arrays, activation, negative_slope)
+    _launch_select(_select_backward_contiguous_kernel, _select_backward_channels_last_kernel, g, len(ys), arrays, activation, negative_slope)
     return dys

@@ -1,5 +1,6 @@
-"""The sums over pixels: of a branch's batch statistics, of the squeeze, and, weighted by a gradient, of the backward of select,
-on which all small gradients rest; and the small step that turns these into the gradients of the batch-norms.
+"""The sums over pixels: of a branch's batch statistics (`branch_statistics`), of the squeeze (`squeeze`), and, weighted by a gradient, of
+the backward of select (`select_backward_sums`), on which all small gradients rest; and the small step that turns these into the
+gradients of the batch-norms (`fold_backward`).
 
 Every sum is taken in one fixed order: lanes of a tile, tiles in sequence, lanes together; no atomics.
 """
@@ -26,6 +27,7 @@ from .common import (
     fold,
     gate,
     is_channels_last,
+    of_branch,
     power_of_two,
     row_vector,
     zeros,
@@ -128,21 +130,11 @@ def _store_sums(sums, outputs, at, exists, AXIS: tl.constexpr, SUMS: tl.constexp
 
 
 @triton.jit
-def _branch_of(ys, m):
-    """ys[m], of a number that the compiler does not know."""
-    y = ys[0]
-    for i in tl.static_range(1, len(ys)):
-        if m == i:
-            y = ys[i]
-    return y
-
-
-@triton.jit
 def _branches_of(ys, g, program):
     """Of a program: the number of its first branch, its branches, and what is left of its number. Without g it has one branch,
     for which it has the more registers; with g, which is to be read once, it has all."""
     if g is None:
-        return program % len(ys), (_branch_of(ys, program % len(ys)),), program // len(ys)
+        return program % len(ys), (of_branch(ys, program % len(ys)),), program // len(ys)
     else:
         return 0, ys, program
 
@@ -222,7 +214,7 @@ def pooled_parts(ys: Sequence[Tensor], sums: int) -> int:
     return len(ys) * _parts_of_image(ys[0], sums)
 
 
-def _row_block(y: Tensor, M: int) -> dict[str, int | bool]:
+def _sums_contiguous_block(y: Tensor, M: int) -> dict[str, int | bool]:
     """How contiguous rows are cut. Of each branch a thread has 4 vectors in flight, fewer of more than two branches, and of float64,
     for which there would be no registers. A tile is as long as a row, as far as few lengths allow it: those of maps of 7 × 7, 14 × 14,
     28 × 28 and 56 × 56 in half precision, and what is between."""
@@ -235,7 +227,7 @@ def _row_block(y: Tensor, M: int) -> dict[str, int | bool]:
     return {"VECTOR": vector, "STRADDLES": straddles, "ROWS": tile // vectors, "VECTORS": vectors}
 
 
-def _channel_block(y: Tensor, tensors: int, programs: int) -> dict[str, int]:
+def _sums_channels_last_block(y: Tensor, tensors: int, programs: int) -> dict[str, int]:
     """How channels_last memory is cut, for `programs` to each block of channels, each of which reads so many tensors: one branch, or a
     gradient and all branches.
 
@@ -258,11 +250,11 @@ def _launch_sums(ys, g, norms, mean, r, scale, bias, outputs, eps: float, activa
     together = 1 if g is None else M
     if is_channels_last(y):
         parts = _parts_of_image(y, sums)
-        block = _channel_block(y, 1 if g is None else M + 1, B * parts * M // together)
+        block = _sums_channels_last_block(y, 1 if g is None else M + 1, B * parts * M // together)
         grid = (B * parts * (M // together) * ceil_div(C, block["CHANNELS"]),)
         kernel, sizes = _squeeze_channels_last_kernel, (parts, C // block["VECTOR"], H * W, ceil_div(H * W, parts))
     else:
-        block = _row_block(y, together)
+        block = _sums_contiguous_block(y, together)
         grid, sizes = (ceil_div(B * C, block["ROWS"]) * (M // together),), (B, C, H * W)
         kernel = _squeeze_contiguous_kernel
     kernel[grid](*arguments, *sizes, eps, negative_slope, ACTIVATION=activation, SUMS=sums, **block, num_warps=WARPS)
@@ -304,12 +296,12 @@ def _add_deviations(total, squares, values, shift, inside, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _store_part(parts, part, channel, exists, channels, shift, total, squares, count):
+def _store_partials(partials, part, channel, exists, channels, shift, total, squares, count):
     """Of the `count` values that one program has seen of every channel: the shift, the mean's distance from it, and the sum of
-    the squared distances from the mean; into parts, (·, 3, M·C)."""
+    the squared distances from the mean; to `partials`, (parts, 3, M·C)."""
     delta = total / count
     squares -= total * delta
-    at = parts + part * 3 * channels + channel
+    at = partials + part * 3 * channels + channel
     tl.store(at, shift, exists)
     tl.store(at + channels, delta, exists)
     # Rounding may take it below 0, where all values are the same; NaN stays.
@@ -318,15 +310,15 @@ def _store_part(parts, part, channel, exists, channels, shift, total, squares, c
 
 @triton.jit(do_not_specialize=["B", "C", "pixels", "part_images"])
 def _statistics_contiguous_kernel(
-    ys, parts, B, C, pixels, part_images, VECTOR: tl.constexpr, STRADDLES: tl.constexpr, ROWS: tl.constexpr, VECTORS: tl.constexpr
+    ys, partials, B, C, pixels, part_images, VECTOR: tl.constexpr, STRADDLES: tl.constexpr, ROWS: tl.constexpr, VECTORS: tl.constexpr
 ):  # fmt: skip
     """A program: ROWS channels of one branch, of some images."""
-    A: tl.constexpr = parts.dtype.element_ty
+    A: tl.constexpr = partials.dtype.element_ty
     M: tl.constexpr = len(ys)
     blocks = tl.cdiv(C, ROWS)
     m = tl.program_id(0) // blocks % M
     part = tl.program_id(0) // blocks // M
-    y = _branch_of(ys, m)
+    y = of_branch(ys, m)
     c = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     exists = c < C
     b = part * part_images
@@ -351,16 +343,16 @@ def _statistics_contiguous_kernel(
         values = tl.load(y + offsets, read, 0.0).to(A)
         total, squares = _add_deviations(total, squares, values, shift[:, None, None], inside, 2)
     seen = images.to(A) * pixels.to(A)
-    _store_part(parts, part, m * C + c, exists, M * C, shift, tl.sum(total, 1), tl.sum(squares, 1), seen)
+    _store_partials(partials, part, m * C + c, exists, M * C, shift, tl.sum(total, 1), tl.sum(squares, 1), seen)
 
 
 @triton.jit(do_not_specialize=["pixels", "vectors", "part_pixels"])
 def _statistics_channels_last_kernel(
-    ys, parts, pixels, vectors, part_pixels, VECTOR: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, UNROLL: tl.constexpr,
+    ys, partials, pixels, vectors, part_pixels, VECTOR: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program: CHANNELS channels of one branch, of some of the pixels of all images."""
-    A: tl.constexpr = parts.dtype.element_ty
+    A: tl.constexpr = partials.dtype.element_ty
     M: tl.constexpr = len(ys)
     STEP: tl.constexpr = UNROLL * PIXELS
     C = vectors * VECTOR
@@ -374,7 +366,7 @@ def _statistics_channels_last_kernel(
     # The pixels of all images may need 64 bits; those of a part do not.
     start = part.to(tl.int64) * part_pixels
     count = tl.minimum(pixels - start, part_pixels).to(tl.int32)
-    y = _branch_of(ys, m)
+    y = of_branch(ys, m)
     values = tl.load(y + start * vectors * VECTOR + offsets, read & (tile < count), 0.0).to(A)
     shift = tl.sum(tl.sum(values, 0), 0) / tl.minimum(count, STEP).to(A)
     total, squares = tl.zeros((PIXELS, CHANNELS), A), tl.zeros((PIXELS, CHANNELS), A)
@@ -388,15 +380,15 @@ def _statistics_channels_last_kernel(
         inside = tile < count - pixel
         values = tl.load(y + (start + pixel) * vectors * VECTOR + offsets, read & inside, 0.0).to(A)
         total, squares = _add_deviations(total, squares, values, shift[None, None, :], inside, 0)
-    _store_part(parts, part, m * C + c, exists, M * C, shift, tl.sum(total, 0), tl.sum(squares, 0), count.to(A))
+    _store_partials(partials, part, m * C + c, exists, M * C, shift, tl.sum(total, 0), tl.sum(squares, 0), count.to(A))
 
 
 @triton.jit
-def _part(parts, part, channel, origin, channels, count, part_count):
-    """Of these parts, which may be more than there are: how many counts each is of, the distance of its mean from the origin, and
+def _load_partials(partials, part, channel, origin, channels, count, part_count):
+    """Of the parts with these numbers, of which there may be fewer: how many counts each is of, the distance of its mean from the origin, and
     its squared distances from that mean."""
     exists = (part < tl.cdiv(count, part_count)) & (channel < channels)
-    at = parts + part * 3 * channels + channel
+    at = partials + part * 3 * channels + channel
     n = tl.where(exists, tl.minimum(part_count, count - part.to(tl.int64) * part_count), 0).to(origin.dtype)
     shift, delta = tl.load(at, exists, 0.0), tl.load(at + channels, exists, 0.0)
     # Shifts are close to each other: their differences are exact.
@@ -404,13 +396,13 @@ def _part(parts, part, channel, origin, channels, count, part_count):
 
 
 @triton.jit(do_not_specialize=["channels", "count", "part_count", "weight"])
-def _statistics_kernel(parts, mean, var, channels, count, part_count, weight, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
+def _statistics_kernel(partials, mean, var, channels, count, part_count, weight, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
     """Joins the parts, of part_count each, the last one of the rest of `count`; a count stands for `weight` values."""
-    A: tl.constexpr = parts.dtype.element_ty
+    A: tl.constexpr = partials.dtype.element_ty
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     part = tl.arange(0, PARTS)[:, None]
-    origin = tl.load(parts + channel, channel < channels, 0.0)
-    n, distance, squares = _part(parts, part, channel[None, :], origin[None, :], channels, count, part_count)
+    origin = tl.load(partials + channel, channel < channels, 0.0)
+    n, distance, squares = _load_partials(partials, part, channel[None, :], origin[None, :], channels, count, part_count)
     between = tl.sum(distance * n, 0) / count.to(A)
     deviation = distance - between[None, :]
     total = tl.sum(squares + n * weight.to(A) * deviation * deviation, 0)
@@ -418,7 +410,7 @@ def _statistics_kernel(parts, mean, var, channels, count, part_count, weight, PA
     tl.store(var + channel, total / (count.to(A) * weight.to(A)), channel < channels)
 
 
-def _parts(programs: int) -> int:
+def _parts_of_batch(programs: int) -> int:
     """Into how many parts the batch is cut for so many programs to each: twice enough, since the last to end are waited for."""
     return min(_MOST_PARTS, ceil_div(2 * ENOUGH_PROGRAMS, programs))
 
@@ -436,24 +428,24 @@ def branch_statistics(ys) -> tuple[Tensor, Tensor]:
     dtype = accumulate_dtype(y.dtype)
     if is_channels_last(y):
         # A program sees one branch only.
-        block = _channel_block(y, 1, ENOUGH_PROGRAMS)
+        block = _sums_channels_last_block(y, 1, ENOUGH_PROGRAMS)
         tile = block["UNROLL"] * block["PIXELS"]
         programs, count, weight = M * ceil_div(C, block["CHANNELS"]), B * H * W, 1
-        part_count = ceil_div(ceil_div(count, _parts(programs)), tile) * tile
+        part_count = ceil_div(ceil_div(count, _parts_of_batch(programs)), tile) * tile
         kernel, sizes = _statistics_channels_last_kernel, (count, C // block["VECTOR"], part_count)
     else:
-        block = _row_block(y, 1)
+        block = _sums_contiguous_block(y, 1)
         programs, count, weight = M * ceil_div(C, block["ROWS"]), B, H * W
-        part_count = ceil_div(B, _parts(programs))
+        part_count = ceil_div(B, _parts_of_batch(programs))
         kernel, sizes = _statistics_contiguous_kernel, (B, C, H * W, part_count)
-    number = ceil_div(count, part_count)
-    parts = torch.empty((number, 3, M, C), dtype=dtype, device=y.device)
-    kernel[(programs * number,)](tuple(ys), parts, *sizes, **block, num_warps=WARPS)
+    parts = ceil_div(count, part_count)
+    partials = torch.empty((parts, 3, M, C), dtype=dtype, device=y.device)
+    kernel[(programs * parts,)](tuple(ys), partials, *sizes, **block, num_warps=WARPS)
     mean, var = (torch.empty((M, C), dtype=dtype, device=y.device) for _ in range(2))
     # A program has all parts of a few channels in its registers, read at once.
     channels = 4
     grid = (ceil_div(M * C, channels),)
-    _statistics_kernel[grid](parts, mean, var, M * C, count, part_count, weight, PARTS=_MOST_PARTS, CHANNELS=channels, num_warps=WARPS)
+    _statistics_kernel[grid](partials, mean, var, M * C, count, part_count, weight, PARTS=_MOST_PARTS, CHANNELS=channels, num_warps=WARPS)
     return mean, var
 
 
