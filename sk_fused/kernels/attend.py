@@ -1,8 +1,8 @@
 """attend: a = softmax_m(fc_select · act(BN(fc_reduce · s)) + select_bias) on (B, C)-sized data, and its backward.
 
 Every product is summed in IEEE float32 (float64 for float64), never in tf32: a few thousand multiplications for each image
-decide how whole branches are weighted. What one launch needs of the whole batch, its mean and variance, it takes from parts that
-the launch before has left, one for every block of images.
+decide how whole branches are weighted. What one launch needs of the whole batch, its mean and variance, it takes from `partials`,
+(parts, 2, D), that the launch before has left: two numbers of every reduced channel for each block of IMAGES images, a part.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOGITS = 64
 
 @triton.jit
 def _batch_norm(weight, bias, d, exists, A: tl.constexpr):
-    """weight and bias of the channels d."""
+    """weight and bias of the channels d, 1 and 0 where the batch-norm has none."""
     gain, shift = tl.full(d.shape, 1.0, A), tl.zeros(d.shape, A)
     if weight is not None:
         gain = tl.load(weight + d, exists, 0.0).to(A)
@@ -39,7 +39,7 @@ def _batch_norm(weight, bias, d, exists, A: tl.constexpr):
 def _reduced_tile(
     pooled, s, fc_reduce, b, d, B, P, C, D, pixels, writes, SLICES: tl.constexpr, DEPTH: tl.constexpr
 ):  # fmt: skip
-    """fc_reduce · s of the images b and reduced channels d, (images, reduced channels); s is written if `writes`.
+    """fc_reduce · s of the images b and reduced channels d, (images, reduced channels), from `pooled`, (B, P, C); s is written if `writes`.
 
     Every step is of SLICES products, one for each warp: as many channels are on their way at once, and steps, each of which
     waits for memory, are few."""
@@ -67,7 +67,8 @@ def _attend_reduce_kernel(
     pooled, s, reduced, partials, fc_reduce, B, P, C, D, pixels, IMAGES: tl.constexpr, REDUCED: tl.constexpr, SLICES: tl.constexpr,
     DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """A program: IMAGES images, REDUCED reduced channels, and of these their mean and squared distances from it."""
+    """A program: `reduced`, (B, D), of IMAGES images and REDUCED channels, and in `partials` the mean of these images and Σ of the squared
+    distances from it. It reads all of the images' `pooled`, (B, P, C), and of fc_reduce its rows; those of the first block of channels write s."""
     A: tl.constexpr = s.dtype.element_ty
     blocks = tl.cdiv(D, REDUCED)
     part = tl.program_id(0) // blocks
@@ -108,8 +109,11 @@ def _attend_kernel(
     eps: tl.constexpr, negative_slope: tl.constexpr, ACTIVATION: tl.constexpr, IMAGES: tl.constexpr, REDUCED: tl.constexpr, SLICES: tl.constexpr,
     DEPTH: tl.constexpr, BRANCHES: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """A program: IMAGES images, CHANNELS channels of all branches. With given statistics it makes the reduced descriptor of its
-    images itself; else it reads it, and joins the statistics of the batch's parts."""
+    """A program: a of IMAGES images and CHANNELS channels of all branches; BRANCHES is the power of two that holds them.
+
+    With given statistics it makes the reduced descriptor of its images itself, and those of the first block of channels write s and
+    `reduced`, (B, D); else it reads `reduced` and joins the statistics of the batch's parts, PARTS at a time. It reads its own rows of
+    fc_select. The first program writes the mean and var used, (D,)."""
     A: tl.constexpr = s.dtype.element_ty
     blocks = tl.cdiv(C, CHANNELS)
     block, part = tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -224,7 +228,8 @@ def _attend_backward_reduce_kernel(
     ACTIVATION: tl.constexpr, IMAGES: tl.constexpr, REDUCED: tl.constexpr, SLICES: tl.constexpr, BRANCHES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """A program: the gradient of IMAGES images and REDUCED channels after their batch-norm, and its part of the batch's two sums."""
+    """A program: dn, (B, D), the gradient after the batch-norm, of IMAGES images and REDUCED channels, and in `partials` their sums Σ dn and
+    Σ dn·x over these images, x being the normalized descriptor. It reads da and a of its images, and REDUCED columns of fc_select."""
     A: tl.constexpr = dn.dtype.element_ty
     blocks = tl.cdiv(D, REDUCED)
     part = tl.program_id(0) // blocks
@@ -263,7 +268,7 @@ def _total(partials, d, parts, D, PARTS: tl.constexpr, A: tl.constexpr):
 def _dreduced_tile(
     dn, reduced, mean, var, weight, bias, b, d, B, D, dbias, dweight, eps: tl.constexpr, TRAINING: tl.constexpr, A: tl.constexpr
 ):  # fmt: skip
-    """The gradient of the reduced descriptor of the images b and channels d."""
+    """The gradient of the reduced descriptor, of the images b and channels d, (images, reduced channels)."""
     x, n, factor = _normalized(reduced, mean, var, weight, bias, b, d, B, D, eps, A)
     exists = (b < B)[:, None] & (d < D)[None, :]
     gradient = tl.load(dn + b[:, None] * D + d[None, :], exists, 0.0)
@@ -349,7 +354,8 @@ def _attend_backward_kernel(
     negative_slope: tl.constexpr, ACTIVATION: tl.constexpr, TRAINING: tl.constexpr, IMAGES: tl.constexpr, REDUCED: tl.constexpr,
     COLUMNS: tl.constexpr, SLICES: tl.constexpr, BRANCHES: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """A program: one block of ds, which is wider, of dfc_reduce or of dfc_select, none of which needs another."""
+    """A program: one block of ds, which is wider, of dfc_reduce or of dfc_select, none of which needs another. `norm`: dn, the partials, what
+    was `reduced`, and mean, var, weight and bias of its batch-norm."""
     program = tl.program_id(0)
     of_ds = tl.cdiv(B, IMAGES) * tl.cdiv(C, 4 * COLUMNS)
     of_reduce = tl.cdiv(D, REDUCED) * tl.cdiv(C, COLUMNS)

@@ -56,7 +56,8 @@ def _constant(values: tl.constexpr, m):
 
 @triton.jit
 def _program(M: tl.constexpr, GROUPS: tl.constexpr, OUTPUTS: tl.constexpr, PACK: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of this program: its branch; its groups; its channels, counted from their first; and what is left of its number."""
+    """Of this program: its branch; the number of its pack of groups; its channels, counted from the pack's first; and what is left of its
+    own number."""
     BLOCKS: tl.constexpr = triton.cdiv(PACK * OUTPUTS, BLOCK_N)
     PACKS: tl.constexpr = triton.cdiv(GROUPS, PACK)
     program = tl.program_id(0)
@@ -67,7 +68,8 @@ def _program(M: tl.constexpr, GROUPS: tl.constexpr, OUTPUTS: tl.constexpr, PACK:
 
 @triton.jit
 def _pixels(tile, segment, OH, OW, BLOCK_P: tl.constexpr):
-    """Of a tile: its first image; of its rows the image from there on, and the pixel's row and column; how many they are.
+    """Of a tile: its first image; of each of its BLOCK_P pixels the image, counted from that one, the row and the column; how many of these
+    pixels there are.
 
     The pixels of all images are counted through. A segment is those of all images or of one, and begins a tile."""
     tiles = tl.cdiv(segment, BLOCK_P)
@@ -145,8 +147,8 @@ def _branch_kernel(
     SPLIT: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr,
     PACK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y_m, and of its channels, over the tile's pixels and as they are stored, the mean and Σ (y − mean)²: `partials`,
-    (2, M, C, tiles). The segment is that of all images."""
+    """A program: a tile of y_m, from x and w_m, `_by_taps`; and of its channels, over the tile's pixels and as they are stored, the mean and
+    Σ (y − mean)²: `partials`, (2, M, C, tiles). The segment is that of all images."""
     M: tl.constexpr = len(KERNELS)
     C: tl.constexpr = GROUPS * OUTPUTS
     m, pack, n, tile = _program(M, GROUPS, OUTPUTS, PACK, BLOCK_N)
@@ -169,7 +171,8 @@ def _branch_kernel(
 
 @triton.jit(do_not_specialize=("tiles", "pixels"))
 def _moments_kernel(partials, mean, var, tiles, pixels, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
-    """Mean and variance of a channel from those of its tiles, which have BLOCK_P pixels each, the last what is left."""
+    """A program: mean and variance of one of the M·C channels from `partials`, (2, M, C, tiles), BLOCK tiles at a time. Tiles have BLOCK_P
+    of all images' `pixels` each, the last what is left."""
     channel = tl.program_id(0)
     means = partials + channel.to(tl.int64) * tiles
     squares = means + tl.cast(tiles, tl.int64) * tl.num_programs(0)
@@ -198,7 +201,7 @@ def _branch_squeeze_kernel(
     SPLIT: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr,
     PACK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of channels of y_m every `parts`-th tile of an image: Σ u, to `pooled`, (B, M·parts, C).
+    """A program: of a block of channels of y_m every `parts`-th tile of an image: Σ u, to `pooled`, (B, M·parts, C).
 
     Where the branches are wanted, y_m goes to `ys`, and mean, scale and bias of the batch-norms to `folded`, (3, M, C), for the
     select."""
@@ -242,7 +245,7 @@ def _branch_select_kernel(
     SPLIT: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr,
     PACK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of v = Σ_m a_m·u_m, from x: the convolutions of all branches, one after the other."""
+    """A program: a tile of v = Σ_m a_m·u_m, from x: the convolutions of all branches, one after the other. A segment is an image."""
     M: tl.constexpr = len(KERNELS)
     C: tl.constexpr = GROUPS * OUTPUTS
     _, pack, n, tile = _program(1, GROUPS, OUTPUTS, PACK, BLOCK_N)
@@ -317,7 +320,8 @@ def _device(device: torch.device) -> _Device:
 
 
 class _Launch(NamedTuple):
-    """`programs` for each tile of pixels, of which there are so many `tiles` in a segment."""
+    """`programs` for each tile of pixels, of which there are so many `tiles` in a segment; and what the kernels take for it: sizes, and the
+    constants that they are compiled for."""
 
     programs: int
     tiles: int
@@ -328,7 +332,7 @@ class _Launch(NamedTuple):
 def _launch_of(
     x: Tensor, weights: Sequence[Tensor], stride: int, dilations: Sequence[int], groups: int, y: Tensor, segment: int, branches: int, most: int
 ) -> _Launch:
-    """For x and what it gives, of the shape of y; `branches` are made by programs of their own.
+    """For x and what it gives, of the shape of y, whose tiles are of segments of so many pixels; so many `branches` have programs of their own.
 
     Tiles are of at most `most` pixels: of 64, what a wgmma takes, where a segment has no more, or there would not be one for every
     multiprocessor. Of channels they have at most 64, or as many as pixels where that does not spill: in half precision, by wgmma, of

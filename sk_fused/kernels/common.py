@@ -4,6 +4,12 @@ A branch is read as its memory lies. Contiguous: rows, one for each image and ch
 for each pixel, of C values. Either way a thread takes `VECTOR` neighbouring values at a time, 16 bytes where the sizes allow it,
 and offsets are written as (an index of vectors)·VECTOR, so that the compiler can see that they are aligned; hence no size
 needs to be specialised on, and a kernel is compiled once for all of them.
+
+In every kernel: the pointers are to dense arrays, of the shapes that sk_fused/backends/reference.py lists if nothing else is said; of
+what there is one for each branch, `ys` for example, a tuple has them, and loops over it are unrolled. Names in capitals are what a kernel
+is compiled for; A is the dtype of sums and small arrays. `pixels` is H·W, `vectors` how many vectors there are: in contiguous memory
+of a whole tensor, in channels_last of a pixel, C/VECTOR. The sides of a tile are powers of two, so it may reach beyond what there is:
+masks say which channels, rows or images there are, `exists`, what a load may read, `read`, and what counts, `inside`.
 """
 
 from collections.abc import Sequence
@@ -55,7 +61,7 @@ def gate(z, value, negative_slope: tl.constexpr, ACTIVATION: tl.constexpr):
 @triton.jit
 def fold(norms, eps, m, c, exists, A: tl.constexpr):
     """mean, r = 1/√(var + eps), scale = weight·r and bias of the channels c of branch m, which the compiler need not know, of the
-    batch-norms `norms`: weights, biases, means and variances of every branch."""
+    batch-norms `norms`: weights, biases, means and variances, of each a tuple of the branches' vectors, (C,)."""
     weights, biases, means, variances = norms
     mean, var, weight, bias = tl.zeros(c.shape, A), tl.zeros(c.shape, A), tl.zeros(c.shape, A), tl.zeros(c.shape, A)
     # The vectors of the branches may differ in dtype.
@@ -114,7 +120,7 @@ def channel_vector(y: Tensor, M: int) -> int:
 
 def channel_lanes(y: Tensor, vector: int, programs: int) -> int:
     """Neighbouring threads that take neighbouring vectors of a pixel, a warp of them at most: the more, the fewer threads have the
-    same channels, with their numbers and sums. As many as leave programs enough, of which every block of channels has so many; not
+    same channels, with their numbers and sums. As many as leave programs enough, where every block of channels has `programs`; not
     below the 32 bytes that memory gives at least."""
     C = y.shape[1]
     lanes = max(2, min(32, power_of_two(ceil_div(C, vector))))

@@ -16,7 +16,8 @@ from .common import THREADS, WARPS, activate, ceil_div, channel_lanes, channel_v
 
 @triton.jit
 def _per_vector(array, at, at_next, exists, exists_next, crosses, STRADDLES: tl.constexpr):
-    """Numbers of a small array for vectors of a contiguous tensor: array[at], and array[at_next] where `crosses`."""
+    """Numbers of a small array for vectors of a contiguous tensor: array[at], and array[at_next] where `crosses`. (vectors, 1), or, if
+    vectors may cross, (vectors, VECTOR)."""
     number = tl.load(array + at, exists, 0.0)[:, None]
     if STRADDLES:
         number = tl.where(crosses, tl.load(array + at_next, exists_next, 0.0)[:, None], number)
@@ -25,14 +26,14 @@ def _per_vector(array, at, at_next, exists, exists_next, crosses, STRADDLES: tl.
 
 @triton.jit
 def _per_channel(array, at, exists):
-    """Numbers of a small array for the channels of a channels_last tensor."""
+    """Numbers of a small array for the channels of a tile of a channels_last tensor, (1, channels)."""
     return tl.load(array + at, exists, 0.0)[None, :]
 
 
 @triton.jit
 def _vector_rows(first, C, pixels, VECTOR: tl.constexpr, STRADDLES: tl.constexpr, VECTORS: tl.constexpr):
     """Of VECTORS vectors of a contiguous tensor, from the one numbered `first` on: image and channel of the row that each begins
-    in, of the next row, and which of its values are of that next row.
+    in, image and channel of the next row, and which of its values are of that next row.
 
     Vectors are cut without regard to rows, so that every access is 16 bytes wide also where a row, of 7 × 7 values, is no
     multiple of that. VECTOR is at most the length of a row: a vector is of two rows at most, and takes the numbers of both."""
@@ -55,7 +56,8 @@ def _select_contiguous_kernel(
     ys, mean, scale, bias, a, v, B, C, pixels, vectors, negative_slope: tl.constexpr, ACTIVATION: tl.constexpr,
     VECTOR: tl.constexpr, STRADDLES: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """A program: VECTORS vectors."""
+    """A program: VECTORS vectors of v, wherever they lie in its rows. It reads the same ones of every branch, and for each the numbers of its
+    row: mean, scale, bias and a; of two rows, if it STRADDLES."""
     A: tl.constexpr = mean.dtype.element_ty
     M: tl.constexpr = len(ys)
     first = tl.program_id(0).to(tl.int64) * VECTORS
@@ -77,7 +79,7 @@ def _select_contiguous_kernel(
 
 @triton.jit
 def _block_of(pixels, vectors, part_pixels, VECTOR: tl.constexpr, CHANNELS: tl.constexpr):
-    """Of this program, channels_last: its image, first pixel, the pixel after the last, its channels, and which there are."""
+    """Of this program, channels_last: its image, its first pixel there and the one after its last, its channels, and which there are."""
     blocks = tl.cdiv(vectors * VECTOR, CHANNELS)
     parts = tl.cdiv(pixels, part_pixels)
     program = tl.program_id(0)
@@ -88,7 +90,8 @@ def _block_of(pixels, vectors, part_pixels, VECTOR: tl.constexpr, CHANNELS: tl.c
 
 @triton.jit
 def _image_pixels(b, pixel, end, pixels, c, exists, vectors, VECTOR: tl.constexpr, PIXELS: tl.constexpr):
-    """PIXELS pixels of image b, channels_last: where they are, the offsets of their channels c from there, and which there are."""
+    """PIXELS pixels of image b, channels_last, from `pixel` on, but none from `end` on: where they begin, the offsets of their channels c from
+    there, (pixels, channels), and which there are."""
     number = tl.arange(0, PIXELS)
     inside = (number < end - pixel)[:, None] & exists[None, :]
     return (b * pixels + pixel) * vectors * VECTOR, (number * vectors)[:, None] * VECTOR + c[None, :], inside
@@ -99,7 +102,8 @@ def _select_channels_last_kernel(
     ys, mean, scale, bias, a, v, pixels, vectors, part_pixels, negative_slope: tl.constexpr, ACTIVATION: tl.constexpr,
     VECTOR: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program: CHANNELS channels of `part_pixels` pixels of one image, whose numbers it takes once."""
+    """A program: CHANNELS channels of v in `part_pixels` pixels of one image, PIXELS at a time. It reads mean, scale, bias and a of these
+    channels once, then the same tiles of every branch."""
     A: tl.constexpr = mean.dtype.element_ty
     M: tl.constexpr = len(ys)
     C = vectors * VECTOR
@@ -139,6 +143,7 @@ _PROGRAMS, _LEAST_TILES = 4096, 8
 
 
 def _launch_select(contiguous_kernel, channels_last_kernel, y: Tensor, M: int, arrays: tuple, activation: str, negative_slope: float) -> None:
+    """Whichever of the kernels is for the layout of y, which stands for every branch."""
     B, C, H, W = y.shape
     if is_channels_last(y):
         block = _select_channels_last_block(y, M)
@@ -169,7 +174,7 @@ def _select_backward_contiguous_kernel(
     g, ys, mean, scale, bias, a, t, p, q, dys, B, C, pixels, vectors, negative_slope: tl.constexpr, ACTIVATION: tl.constexpr,
     VECTOR: tl.constexpr, STRADDLES: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """A program: VECTORS vectors."""
+    """A program: VECTORS vectors of every dy. It reads the same ones of g and of every branch, and the numbers of their rows."""
     A: tl.constexpr = mean.dtype.element_ty
     M: tl.constexpr = len(ys)
     first = tl.program_id(0).to(tl.int64) * VECTORS
@@ -197,7 +202,8 @@ def _select_backward_channels_last_kernel(
     g, ys, mean, scale, bias, a, t, p, q, dys, pixels, vectors, part_pixels, negative_slope: tl.constexpr, ACTIVATION: tl.constexpr,
     VECTOR: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program: CHANNELS channels of `part_pixels` pixels of one image, whose numbers it takes once."""
+    """A program: CHANNELS channels of every dy in `part_pixels` pixels of one image, PIXELS at a time. It reads the numbers of these channels
+    once, then the same tiles of g and of every branch."""
     A: tl.constexpr = mean.dtype.element_ty
     M: tl.constexpr = len(ys)
     C = vectors * VECTOR

@@ -56,7 +56,8 @@ def _window(row, exists, pixels, VECTOR: tl.constexpr, STRADDLES: tl.constexpr):
 
 @triton.jit
 def _row_tile(first, count, lead, vector, pixels, VECTOR: tl.constexpr, STRADDLES: tl.constexpr):
-    """Of the rows' vectors with these numbers: the offsets of their values, which are to be read, and which belong to the row."""
+    """Of the vectors of every row's window with the numbers `vector`: the offsets of their values, (rows, vectors, VECTOR), which are to be
+    read, and which belong to the row."""
     value = tl.arange(0, VECTOR)[None, None, :]
     offsets = (first[:, None] + vector[None, :])[:, :, None] * VECTOR + value
     read = (vector[None, :] < count[:, None])[:, :, None]
@@ -69,7 +70,8 @@ def _row_tile(first, count, lead, vector, pixels, VECTOR: tl.constexpr, STRADDLE
 
 @triton.jit
 def _pixel_tile(c, vectors, VECTOR: tl.constexpr, UNROLL: tl.constexpr, PIXELS: tl.constexpr):
-    """UNROLL times PIXELS pixels of a channels_last tensor: the offsets of their channels c from the first pixel, and the pixels."""
+    """UNROLL times PIXELS pixels of a channels_last tensor: the offsets of their channels c from the first pixel, (UNROLL, PIXELS, channels),
+    and the numbers of the pixels."""
     pixel = tl.arange(0, UNROLL)[:, None] * PIXELS + tl.arange(0, PIXELS)[None, :]
     return (pixel * vectors)[:, :, None] * VECTOR + c[None, None, :], pixel[:, :, None]
 
@@ -95,8 +97,8 @@ def _add_tile(
     sums, ys, g, start, offsets, read, inside, parameters, AXIS: tl.constexpr, negative_slope: tl.constexpr, ACTIVATION: tl.constexpr,
     SUMS: tl.constexpr,
 ):  # fmt: skip
-    """sums[SUMS·m + i] + Σ over the AXIS of g·act(z), g·k, g·k·(y − mean); g is 1 if there is none. `parameters` are mean, scale
-    and bias of every branch. What is read is counted where it is `inside`; all of it, if that is None."""
+    """sums[SUMS·m + i] + Σ over the AXIS of g·act(z), g·k, g·k·(y − mean), of the values at start + offsets; g is 1 if there is none.
+    `parameters` are mean, scale and bias of every branch. What is read is counted where it is `inside`; all of it, if that is None."""
     A: tl.constexpr = sums[0].dtype
     if g is not None:
         weight = tl.load(g + start + offsets, read, 0.0).to(A)
@@ -124,15 +126,15 @@ def _sum(values, inside, AXIS: tl.constexpr):
 
 @triton.jit
 def _store_sums(sums, outputs, at, exists, AXIS: tl.constexpr, SUMS: tl.constexpr):
-    """Σ over the AXIS of a branch's accumulators."""
+    """Σ over the AXIS of a branch's accumulators, each to its output."""
     for i in tl.static_range(SUMS):
         tl.store(outputs[i] + at, tl.sum(sums[i], AXIS), exists)
 
 
 @triton.jit
 def _branches_of(ys, g, program):
-    """Of a program: the number of its first branch, its branches, and what is left of its number. Without g it has one branch,
-    for which it has the more registers; with g, which is to be read once, it has all."""
+    """Of the program of this number: the number of its first branch, its branches, and what is left of its own number. Without g it has
+    one branch, for which it has the more registers; with g, which is to be read once, it has all."""
     if g is None:
         return program % len(ys), (of_branch(ys, program % len(ys)),), program // len(ys)
     else:
@@ -144,7 +146,10 @@ def _squeeze_contiguous_kernel(
     ys, g, norms, mean, r, scale, bias, outputs, B, C, pixels, eps: tl.constexpr, negative_slope: tl.constexpr,
     ACTIVATION: tl.constexpr, SUMS: tl.constexpr, VECTOR: tl.constexpr, STRADDLES: tl.constexpr, ROWS: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """A program: ROWS rows, VECTORS vectors of each at a time."""
+    """A program: the sums of ROWS rows, VECTORS vectors of each at a time; of one branch, or, with g, of all.
+
+    Without g it folds `norms`, for its own channels; if it has rows of the first image, it writes their mean, r, scale and bias. With g
+    there are no norms and no r, and it reads mean, scale and bias. `outputs` are SUMS arrays, (B, M, C)."""
     M: tl.constexpr = len(ys)
     m, branches, program = _branches_of(ys, g, tl.program_id(0))
     row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -170,7 +175,8 @@ def _squeeze_channels_last_kernel(
     ACTIVATION: tl.constexpr, SUMS: tl.constexpr, VECTOR: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program: CHANNELS channels of one image, or of a part of its pixels."""
+    """A program: the sums of CHANNELS channels of one of an image's `parts`, of `part_pixels` pixels, UNROLL·PIXELS at a time; of one branch,
+    or, with g, of all. `outputs` are SUMS arrays, (B, M·parts, C); the rest is as in contiguous memory."""
     M: tl.constexpr = len(ys)
     STEP: tl.constexpr = UNROLL * PIXELS
     C = vectors * VECTOR
@@ -232,8 +238,8 @@ def _sums_channels_last_block(y: Tensor, tensors: int, programs: int) -> dict[st
     gradient and all branches.
 
     While a tile is worked on, the next ones are on their way into shared memory: more bytes than registers would hold. A tile is one vector
-    of a thread: of several, the compiler may lay out the sums anew in every step. In float64 it is four all the same: the longer the chain
-    of sums, the larger its error."""
+    of a thread: of several, the compiler may lay out the sums anew in every step. Of one branch in float64 it is four all the same: the
+    longer the chain of sums, the larger its error."""
     vector = channel_vector(y, max(1, tensors - 1))
     lanes = channel_lanes(y, vector, programs)
     if tensors == 1:
@@ -244,6 +250,7 @@ def _sums_channels_last_block(y: Tensor, tensors: int, programs: int) -> dict[st
 
 
 def _launch_sums(ys, g, norms, mean, r, scale, bias, outputs, eps: float, activation: str, negative_slope: float) -> None:
+    """As many sums as there are outputs: without g those of `squeeze`, with g those of `select_backward_sums`."""
     y, M, sums = ys[0], len(ys), len(outputs)
     B, C, H, W = y.shape
     arguments = tuple(ys), g, norms, mean, r, scale, bias, outputs
@@ -312,7 +319,8 @@ def _store_partials(partials, part, channel, exists, channels, shift, total, squ
 def _statistics_contiguous_kernel(
     ys, partials, B, C, pixels, part_images, VECTOR: tl.constexpr, STRADDLES: tl.constexpr, ROWS: tl.constexpr, VECTORS: tl.constexpr
 ):  # fmt: skip
-    """A program: ROWS channels of one branch, of some images."""
+    """A program: of ROWS channels of one branch the `partials`, (parts, 3, M·C), of a part of the batch, `part_images` images, VECTORS
+    vectors of each channel at a time."""
     A: tl.constexpr = partials.dtype.element_ty
     M: tl.constexpr = len(ys)
     blocks = tl.cdiv(C, ROWS)
@@ -351,7 +359,8 @@ def _statistics_channels_last_kernel(
     ys, partials, pixels, vectors, part_pixels, VECTOR: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program: CHANNELS channels of one branch, of some of the pixels of all images."""
+    """A program: of CHANNELS channels of one branch the `partials`, (parts, 3, M·C), of a part of the batch, `part_pixels` of its pixels,
+    UNROLL·PIXELS at a time. Here `pixels` are those of all images."""
     A: tl.constexpr = partials.dtype.element_ty
     M: tl.constexpr = len(ys)
     STEP: tl.constexpr = UNROLL * PIXELS
@@ -397,7 +406,9 @@ def _load_partials(partials, part, channel, origin, channels, count, part_count)
 
 @triton.jit(do_not_specialize=["channels", "count", "part_count", "weight"])
 def _statistics_kernel(partials, mean, var, channels, count, part_count, weight, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Joins the parts, of part_count each, the last one of the rest of `count`; a count stands for `weight` values."""
+    """A program: mean and variance of CHANNELS of all branches' `channels`, M·C, from the partials, (parts, 3, M·C), of PARTS parts at most.
+
+    A part is of part_count of `count` images or pixels, the last one of what is left; an image stands for `weight` values, its pixels'."""
     A: tl.constexpr = partials.dtype.element_ty
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     part = tl.arange(0, PARTS)[:, None]
@@ -453,7 +464,8 @@ def branch_statistics(ys) -> tuple[Tensor, Tensor]:
 def _fold_backward_kernel(
     a, ds, R1, R2, K1, K2, r, scale, t, dweight, dbias, p, q, B, C, pixels, count, M: tl.constexpr, IMAGES: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
-    """A program: CHANNELS channels of one branch, IMAGES images at a time; those of the first branch write t."""
+    """A program: CHANNELS channels of dweight, dbias, p and q of one branch, from its a, R1, R2, K1 and K2 and from ds, IMAGES images at a
+    time; those of the first branch write t."""
     A: tl.constexpr = t.dtype.element_ty
     m = tl.program_id(0) % M
     c = tl.program_id(0) // M * CHANNELS + tl.arange(0, CHANNELS)
