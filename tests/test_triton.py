@@ -1,5 +1,6 @@
 """The Triton backend: its tests, which need Triton's interpreter, in a process that has it; and what it says where it cannot run."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import sk_fused
-from sk_fused.backends import native, native_on_cuda, triton
+from sk_fused.backends import native, native_on_cuda, reference, triton
 
 from .test_operators import run_python
 
@@ -49,10 +50,21 @@ def test_under_the_interpreter(which: str):
     assert " passed" in run.stdout and "failed" not in run.stdout and "skipped" not in run.stdout
 
 
-def test_operators_are_those_of_the_native_backend():
-    for name in triton._NAMES:
-        ours, theirs = (str(getattr(backend, name)._schema).partition("::")[2] for backend in (triton, native))
-        assert ours == theirs
+def schemas(library: str) -> dict[str, torch.FunctionSchema]:
+    """Of all operators of a library, by what stands after its name."""
+    prefix = f"{library}::"
+    return {str(schema).removeprefix(prefix): schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith(prefix)}
+
+
+def test_operators_are_those_of_the_native_backend_and_of_the_reference():
+    ours = schemas("sk_fused_triton")
+    assert ours and ours.keys() == schemas("sk_fused").keys()
+    for text, schema in ours.items():
+        name = text.partition("(")[0]
+        operators = [getattr(library, name).default for library in (torch.ops.sk_fused_triton, torch.ops.sk_fused)]
+        assert [getattr(backend, name) for backend in (triton, native)] == operators
+        assert operators[0].tags == operators[1].tags
+        assert [argument.name for argument in schema.arguments] == [*inspect.signature(getattr(reference, name)).parameters]
 
 
 def test_why_not(capability: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch):
@@ -132,8 +144,8 @@ def test_launches_on_the_device_of_the_operands(monkeypatch: pytest.MonkeyPatch)
             said.append(("exit", self.operand))
 
     monkeypatch.setattr(torch.cuda, "device_of", Guard)
-    monkeypatch.setattr(triton, "_kernels", lambda: {"select": lambda *_: said.append("launch"), "select_backward_sums": lambda *_: said.append("launch")})
+    monkeypatch.setattr(triton, "_kernel", lambda *_: lambda *_: said.append("launch"))
     ys, g = [torch.zeros(1)], torch.ones(1)
-    triton._launcher("select")(ys)
-    triton._launcher("select_backward_sums")(g, ys)
+    triton._launcher("select", "select")(ys)
+    triton._launcher("squeeze", "select_backward_sums")(g, ys)
     assert said == [("enter", ys[0]), "launch", ("exit", ys[0]), ("enter", g), "launch", ("exit", g)]

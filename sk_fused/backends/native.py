@@ -1,6 +1,6 @@
 """The C++ extension: csrc/library.cpp lists the operators, csrc/cpu and csrc/cuda have the kernels."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -59,29 +59,20 @@ def why_not_convolve(
 if _C is not None:
     # All steps, forward and backward, in one call: functional._SelectiveKernel.
     selective_kernel = _C.selective_kernel
-    branch_statistics = torch.ops.sk_fused.branch_statistics.default
-    branch = torch.ops.sk_fused.branch.default
-    squeeze = torch.ops.sk_fused.squeeze.default
-    attend = torch.ops.sk_fused.attend.default
-    select = torch.ops.sk_fused.select.default
-    unit = torch.ops.sk_fused.unit.default
-    select_backward_sums = torch.ops.sk_fused.select_backward_sums.default
-    attend_backward = torch.ops.sk_fused.attend_backward.default
-    fold_backward = torch.ops.sk_fused.fold_backward.default
-    select_backward = torch.ops.sk_fused.select_backward.default
-    branch_backward = torch.ops.sk_fused.branch_backward.default
 
-    for _fake in (
-        fake.branch_statistics,
-        fake.branch,
-        fake.squeeze(lambda ys, sums: len(ys)),
-        fake.attend,
-        fake.select,
-        fake.unit,
-        fake.select_backward_sums,
-        fake.attend_backward,
-        fake.fold_backward,
-        fake.select_backward,
-        fake.branch_backward(lambda x: torch.contiguous_format),
-    ):
-        torch.library.register_fake(f"sk_fused::{_fake.__name__}", _fake)
+    def _operator(fake_impl: Callable) -> Callable:
+        """The operator of the same name, which gets this one for its fake."""
+        torch.library.register_fake(f"sk_fused::{fake_impl.__name__}", fake_impl)
+        return getattr(torch.ops.sk_fused, fake_impl.__name__).default
+
+    branch_statistics = _operator(fake.branch_statistics)
+    branch = _operator(fake.branch)
+    squeeze = _operator(fake.squeeze(lambda ys, sums: len(ys)))
+    attend = _operator(fake.attend)
+    select = _operator(fake.select)
+    unit = _operator(fake.unit)
+    select_backward_sums = _operator(fake.select_backward_sums)
+    attend_backward = _operator(fake.attend_backward)
+    fold_backward = _operator(fake.fold_backward)
+    select_backward = _operator(fake.select_backward)
+    branch_backward = _operator(fake.branch_backward(lambda x: torch.contiguous_format))

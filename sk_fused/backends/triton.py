@@ -5,6 +5,7 @@ Triton is imported by the first call that needs it.
 """
 
 import functools
+import importlib
 import os
 from collections.abc import Callable, Sequence
 
@@ -26,31 +27,6 @@ CONVOLVED = (torch.float32, torch.bfloat16, torch.float16)
 MOST_BRANCHES = 8
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-_SCHEMAS = """
-    branch(Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, bool statistics=True) \
--> (Tensor[] ys, Tensor mean, Tensor var)
-    branch_backward(Tensor g, Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, Tensor[] ys, Tensor mean, Tensor scale, \
-Tensor bias, Tensor a, Tensor t, Tensor p, Tensor q, str activation, float negative_slope, bool[2] needs) -> (Tensor dx, Tensor[] dweights)
-    unit(Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, Tensor?[] norm_weights, Tensor?[] norm_biases, Tensor[] means, \
-Tensor[] variances, float eps, Tensor fc_reduce, Tensor? attn_weight, Tensor? attn_bias, Tensor attn_mean, Tensor attn_var, float attn_eps, \
-Tensor fc_select, str activation, float negative_slope) -> Tensor
-    branch_statistics(Tensor[] ys) -> (Tensor mean, Tensor var)
-    squeeze(Tensor[] ys, Tensor?[] norm_weights, Tensor?[] norm_biases, Tensor[] means, Tensor[] variances, float eps, str activation, \
-float negative_slope, int sums) -> (Tensor mean, Tensor r, Tensor scale, Tensor bias, Tensor pooled, Tensor[] K)
-    attend(Tensor pooled, SymInt pixels, Tensor fc_reduce, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, \
-str activation, float negative_slope, Tensor fc_select, Tensor? select_bias) -> (Tensor a, Tensor s, Tensor reduced, Tensor mean, Tensor var)
-    select(Tensor[] ys, Tensor mean, Tensor scale, Tensor bias, Tensor a, str activation, float negative_slope) -> Tensor
-    select_backward_sums(Tensor g, Tensor[] ys, Tensor mean, Tensor scale, Tensor bias, str activation, float negative_slope) \
--> (Tensor da, Tensor R1, Tensor R2)
-    attend_backward(Tensor da, Tensor a, Tensor s, Tensor reduced, Tensor fc_reduce, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, \
-float eps, bool training, str activation, float negative_slope, Tensor fc_select) \
--> (Tensor ds, Tensor dfc_reduce, Tensor dweight, Tensor dbias, Tensor dfc_select, Tensor dselect_bias)
-    fold_backward(Tensor a, Tensor ds, SymInt pixels, Tensor R1, Tensor R2, Tensor K1, Tensor K2, Tensor r, Tensor scale, SymInt count) \
--> (Tensor t, Tensor dweight, Tensor dbias, Tensor p, Tensor q)
-    select_backward(Tensor g, Tensor[] ys, Tensor mean, Tensor scale, Tensor bias, Tensor a, Tensor t, Tensor p, Tensor q, str activation, \
-float negative_slope) -> Tensor[]
-"""
 
 
 def why_not(branches: Sequence[Tensor]) -> str | None:
@@ -118,51 +94,84 @@ def why_not_convolve(
 
 
 @functools.cache
-def _kernels() -> dict[str, Callable]:
-    from sk_fused.kernels import attend, branch, select, squeeze
-
-    modules = {"attend": attend, "attend_backward": attend, "select": select, "select_backward": select}
-    modules |= {"branch": branch, "branch_backward": branch, "unit": branch}
-    return {name: getattr(modules.get(name, squeeze), name) for name in _NAMES}
+def _kernel(file: str, name: str) -> Callable:
+    return getattr(importlib.import_module(f"sk_fused.kernels.{file}"), name)
 
 
-def _launcher(name: str) -> Callable:
+def _launcher(file: str, name: str) -> Callable:
     def launch(*arguments):
         operand = arguments[0]
         # Triton launches on the current device.
         with torch.cuda.device_of(operand if isinstance(operand, Tensor) else operand[0]):
-            return _kernels()[name](*arguments)
+            return _kernel(file, name)(*arguments)
 
     return launch
-
-
-def _parts(ys: Sequence[Tensor], sums: int) -> int:
-    from sk_fused.kernels.squeeze import pooled_parts
-
-    return pooled_parts(ys, sums)
 
 
 # Operators, not torch.library.triton_op: to the compiler they are as opaque as the native ones, so there is one graph, and a call
 # costs the host less than half of what it does through torch.library.custom_op.
 _library = torch.library.Library("sk_fused_triton", "DEF")
-_TAGS = torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides
-_FAKES = {"squeeze": fake.squeeze(_parts), "branch_backward": fake.branch_backward(layout_of)}
-_NAMES = []
-for _schema in _SCHEMAS.strip().splitlines():
-    _NAMES.append(_library.define(_schema.strip(), tags=_TAGS))
-    for _key in ("CUDA", "CPU") if _INTERPRETED else ("CUDA",):
-        _library.impl(_NAMES[-1], _launcher(_NAMES[-1]), _key)
-    _fake = _FAKES.get(_NAMES[-1]) or getattr(fake, _NAMES[-1])
-    torch.library.register_fake(f"sk_fused_triton::{_NAMES[-1]}", _fake, lib=_library)
 
-branch_statistics = torch.ops.sk_fused_triton.branch_statistics.default
-branch = torch.ops.sk_fused_triton.branch.default
-squeeze = torch.ops.sk_fused_triton.squeeze.default
-attend = torch.ops.sk_fused_triton.attend.default
-select = torch.ops.sk_fused_triton.select.default
-unit = torch.ops.sk_fused_triton.unit.default
-select_backward_sums = torch.ops.sk_fused_triton.select_backward_sums.default
-attend_backward = torch.ops.sk_fused_triton.attend_backward.default
-fold_backward = torch.ops.sk_fused_triton.fold_backward.default
-select_backward = torch.ops.sk_fused_triton.select_backward.default
-branch_backward = torch.ops.sk_fused_triton.branch_backward.default
+
+def _operator(file: str, fake_impl: Callable, schema: str) -> Callable:
+    """The operator of this schema, which is that of csrc/library.cpp: the function of its name in sk_fused/kernels/`file`.py."""
+    name = _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    for key in ("CUDA", "CPU") if _INTERPRETED else ("CUDA",):
+        _library.impl(name, _launcher(file, name), key)
+    torch.library.register_fake(f"sk_fused_triton::{name}", fake_impl, lib=_library)
+    return getattr(torch.ops.sk_fused_triton, name).default
+
+
+branch_statistics = _operator("squeeze", fake.branch_statistics, "branch_statistics(Tensor[] ys) -> (Tensor mean, Tensor var)")
+branch = _operator(
+    "branch", fake.branch,
+    "branch(Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, bool statistics=True)"
+    " -> (Tensor[] ys, Tensor mean, Tensor var)",
+)  # fmt: skip
+squeeze = _operator(
+    "squeeze", fake.squeeze(lambda ys, sums: _kernel("squeeze", "pooled_parts")(ys, sums)),
+    "squeeze(Tensor[] ys, Tensor?[] norm_weights, Tensor?[] norm_biases, Tensor[] means, Tensor[] variances, float eps, str activation,"
+    " float negative_slope, int sums) -> (Tensor mean, Tensor r, Tensor scale, Tensor bias, Tensor pooled, Tensor[] K)",
+)  # fmt: skip
+attend = _operator(
+    "attend", fake.attend,
+    "attend(Tensor pooled, SymInt pixels, Tensor fc_reduce, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, str activation,"
+    " float negative_slope, Tensor fc_select, Tensor? select_bias) -> (Tensor a, Tensor s, Tensor reduced, Tensor mean, Tensor var)",
+)  # fmt: skip
+select = _operator(
+    "select", fake.select,
+    "select(Tensor[] ys, Tensor mean, Tensor scale, Tensor bias, Tensor a, str activation, float negative_slope) -> Tensor",
+)  # fmt: skip
+unit = _operator(
+    "branch", fake.unit,
+    "unit(Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, Tensor?[] norm_weights, Tensor?[] norm_biases, Tensor[] means,"
+    " Tensor[] variances, float eps, Tensor fc_reduce, Tensor? attn_weight, Tensor? attn_bias, Tensor attn_mean, Tensor attn_var,"
+    " float attn_eps, Tensor fc_select, str activation, float negative_slope) -> Tensor",
+)  # fmt: skip
+select_backward_sums = _operator(
+    "squeeze", fake.select_backward_sums,
+    "select_backward_sums(Tensor g, Tensor[] ys, Tensor mean, Tensor scale, Tensor bias, str activation, float negative_slope)"
+    " -> (Tensor da, Tensor R1, Tensor R2)",
+)  # fmt: skip
+attend_backward = _operator(
+    "attend", fake.attend_backward,
+    "attend_backward(Tensor da, Tensor a, Tensor s, Tensor reduced, Tensor fc_reduce, Tensor? weight, Tensor? bias, Tensor mean,"
+    " Tensor var, float eps, bool training, str activation, float negative_slope, Tensor fc_select)"
+    " -> (Tensor ds, Tensor dfc_reduce, Tensor dweight, Tensor dbias, Tensor dfc_select, Tensor dselect_bias)",
+)  # fmt: skip
+fold_backward = _operator(
+    "squeeze", fake.fold_backward,
+    "fold_backward(Tensor a, Tensor ds, SymInt pixels, Tensor R1, Tensor R2, Tensor K1, Tensor K2, Tensor r, Tensor scale, SymInt count)"
+    " -> (Tensor t, Tensor dweight, Tensor dbias, Tensor p, Tensor q)",
+)  # fmt: skip
+select_backward = _operator(
+    "select", fake.select_backward,
+    "select_backward(Tensor g, Tensor[] ys, Tensor mean, Tensor scale, Tensor bias, Tensor a, Tensor t, Tensor p, Tensor q,"
+    " str activation, float negative_slope) -> Tensor[]",
+)  # fmt: skip
+branch_backward = _operator(
+    "branch", fake.branch_backward(layout_of),
+    "branch_backward(Tensor g, Tensor x, Tensor[] weights, int stride, int[] dilations, int groups, Tensor[] ys, Tensor mean, Tensor scale,"
+    " Tensor bias, Tensor a, Tensor t, Tensor p, Tensor q, str activation, float negative_slope, bool[2] needs)"
+    " -> (Tensor dx, Tensor[] dweights)",
+)  # fmt: skip
