@@ -221,6 +221,15 @@ template <class F> SK_INLINE void for_band(int64_t band, const F& f) {
   }
 }
 
+// f(position, ranges, how many these are), for the positions whose products some of the tiles need: these tiles.
+template <class F> SK_INLINE void each_position(const Pieces& pieces, const F& f) {
+  for (uint32_t left = pieces.positions; left != 0; left &= left - 1) {
+    const int64_t at = __builtin_ctz(left);
+    Range ranges[kMostPieces];
+    f(at, ranges, pieces.needing(at, ranges));
+  }
+}
+
 // What becomes of the outputs of some tiles of a band, of image b, kVecs * L channels from channel c on: they go to, or with `add` are
 // added to, images whose pixels are `step` apart.
 template <class T, int kVecs> struct ToImages {
@@ -322,7 +331,7 @@ SK_INLINE void convolve(const Branch<T>& branch, bool packed, int64_t image, int
       for (int64_t from = 0; from < count; from += kTilesOfProduct) {
         const int64_t until = from + kTilesOfProduct < count ? from + kTilesOfProduct : count;
         const Pieces pieces(out, until - from);
-        pieces.each_position([&](int64_t at, const Range* ranges, int64_t needing) {
+        each_position(pieces, [&](int64_t at, const Range* ranges, int64_t needing) {
           int64_t t = 0;
           for (const Range* range = ranges; range < ranges + needing; ++range)
             for (t = t > range->begin ? t : range->begin - range->begin % kRows; t < range->end; t += kRows)
@@ -428,7 +437,7 @@ void weight_gradient_tasks(const Branch<T>* branches, int64_t width, float* part
                                                    d + t * width, d_step);
         });
       }
-      Pieces(start, count).each_position([&](int64_t at, const Range* ranges, int64_t needing) {
+      each_position(Pieces(start, count), [&](int64_t at, const Range* ranges, int64_t needing) {
         for (int64_t c = 0; c < width; c += kChunk)
           for (int64_t i = 0; i < s.inputs; i += kTransposedRows)
             multiply_transposed<kTransposedRows, kVecs>(v + at * v_step + i, d + at * d_step + c, ranges, needing, s.inputs, width,
@@ -528,20 +537,16 @@ struct Pieces {
       positions |= kNeeded[at.band];
     }
   }
-  // f(position, ranges, how many these are), for the positions whose products some tiles need: these tiles.
-  template <class F> void each_position(const F& f) const {
-    for (uint32_t left = positions; left != 0; left &= left - 1) {
-      const int64_t position = __builtin_ctz(left);
-      Range ranges[kMostPieces];
-      int64_t found = 0;
-      for (int64_t i = 0; i < count; ++i) {
-        if (!(kNeeded[band[i]] >> position & 1)) continue;
-        const int64_t begin = i == 0 ? 0 : end[i - 1];
-        if (found > 0 && ranges[found - 1].end == begin) ranges[found - 1].end = end[i];
-        else ranges[found++] = {begin, end[i]};
-      }
-      f(position, ranges, found);
+  // The tiles that need the products of a position. Returns how many ranges these are.
+  int64_t needing(int64_t position, Range* ranges) const {
+    int64_t found = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (!(kNeeded[band[i]] >> position & 1)) continue;
+      const int64_t begin = i == 0 ? 0 : end[i - 1];
+      if (found > 0 && ranges[found - 1].end == begin) ranges[found - 1].end = end[i];
+      else ranges[found++] = {begin, end[i]};
     }
+    return found;
   }
 };
 
@@ -699,9 +704,11 @@ static bool edges_pay(const Bands& bands, int64_t images) {
   const int64_t rows = SK_PICK(rows_of_product)(), tiles = images * bands.ends[3], whole = 16 * ((tiles + rows - 1) / rows);
   const Pieces pieces({bands, images, false}, tiles);
   int64_t products = 0;
-  pieces.each_position([&](int64_t, const Range* ranges, int64_t needing) {
+  for (int64_t position = 0; position < kPositions; ++position) {
+    Range ranges[kMostPieces];
+    const int64_t needing = pieces.needing(position, ranges);
     for (int64_t i = 0; i < needing; ++i) products += (ranges[i].end + rows - 1) / rows - ranges[i].begin / rows;
-  });
+  }
   return products * rows + 9 * 3 < whole * rows;
 }
 
